@@ -1,0 +1,146 @@
+"""Second moments of a linear layer's input, as plain sums over real tokens.
+
+``H = X Xᵀ`` with X (in_features, tokens) depends on the layer's *input* only, so every pass of a sweep and every
+linear that reads the same tensor share one `Moments` and its factorization (METHODS section 0). Plain sums make the
+result independent of the order of batches up to rounding, and two `Moments` mergeable by addition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Statistics(IntEnum):
+    """What a pass needs to know of its input: nothing, column norms, or the whole Gram matrix."""
+
+    NONE = 0
+    NORMS = 1
+    GRAM = 2
+
+
+# The fixed ladder of decision D5: the plan's damping, then ten and a hundred times as much, then failure.
+DAMPING_LADDER = (1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``H_λ⁻¹ = Uᵀ U`` with U (in, in) upper-triangular; `damping` is the one that succeeded, `dead` (in,) bool."""
+
+    upper: Tensor
+    damping: float
+    dead: Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over the tokens seen: `squares` (in,) = Σ x², and `gram` (in, in) = Σ x xᵀ when GRAM was asked for.
+
+    float32 throughout; padding never enters (`add` takes real tokens only).
+    """
+
+    in_features: int
+    statistics: Statistics
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self._squares = torch.zeros(self.in_features, device=self.device)
+        self._lower: Tensor | None = None
+        if self.statistics is Statistics.GRAM:
+            self._lower = torch.zeros(self.in_features, self.in_features, device=self.device)
+        self._factors: dict[float, Factor] = {}
+
+    def add(self, inputs: Tensor) -> None:
+        """Add a batch. `inputs`: (tokens, in_features), real tokens only."""
+        x = inputs.float()
+        self.tokens += x.shape[0]
+        self._factors.clear()
+        if self._lower is None:
+            self._squares += torch.linalg.vector_norm(x, dim=0).square_()
+            return
+        # Only the lower triangle, panel by panel: about half of the multiplications of XᵀX.
+        panel = max(128, -(-self.in_features // 8))
+        for start in range(0, self.in_features, panel):
+            stop = min(start + panel, self.in_features)
+            self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+
+    def merge(self, other: Moments) -> None:
+        """Add the sums of `other`, which saw other tokens of the same input."""
+        self.tokens += other.tokens
+        self._factors.clear()
+        self._squares += other._squares
+        if self._lower is not None:
+            assert other._lower is not None
+            self._lower += other._lower
+
+    @property
+    def squares(self) -> Tensor:
+        """(in,) Σ x² per column."""
+        return self._squares if self._lower is None else self._lower.diagonal().clone()
+
+    @property
+    def norms(self) -> Tensor:
+        """(in,) ‖X_j‖₂ per column, over all tokens."""
+        return self.squares.sqrt()
+
+    def gram(self) -> Tensor:
+        """(in, in) Σ x xᵀ, symmetric. Raises ValueError when only norms were collected."""
+        if self._lower is None:
+            raise ValueError("the Gram matrix was not collected; the pass must declare statistics = Statistics.GRAM")
+        lower = self._lower.tril()
+        return lower + lower.tril(-1).T
+
+    def is_finite(self) -> bool:
+        """False when an input held NaN or infinity, or a sum overflowed."""
+        return bool(torch.isfinite(self.squares).all())
+
+    def factor(self, damping: float) -> Factor:
+        """U of ``(H + λI)⁻¹ = Uᵀ U``, ``λ = damping · mean(diag H)`` (SparseGPT, arXiv 2301.00774, section 3).
+
+        One Cholesky of the matrix read backwards and one triangular inverse: with ``J H J = L Lᵀ`` (J reverses the
+        order), ``H = R Rᵀ`` for the upper-triangular ``R = J L J``, hence ``U = R⁻¹``. Dead columns (never a nonzero
+        input) get a unit diagonal, so that they neither send nor receive updates. The result is kept: all passes of
+        a sweep and all linears of a subset use it.
+
+        Raises:
+            RunError: the matrix is not positive definite at any step of the ladder.
+        """
+        if damping in self._factors:
+            return self._factors[damping]
+        H = self.gram()
+        diagonal = H.diagonal()
+        mean = diagonal.mean().item()
+        dead = diagonal == 0
+        for step in DAMPING_LADDER:
+            damped = H.clone()
+            damped.diagonal().add_(damping * step * mean)
+            damped.diagonal()[dead] = 1.0
+            L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            del damped
+            if failed.item() == 0:
+                R = L.flip(0, 1)
+                identity = torch.eye(self.in_features, device=self.device)
+                upper = torch.linalg.solve_triangular(R, identity, upper=True)
+                if bool(torch.isfinite(upper).all()):
+                    self._factors[damping] = Factor(upper, damping * step, dead)
+                    return self._factors[damping]
+        raise RunError(
+            f"the second moment of the input ({self.in_features} columns, {self.tokens} tokens) is not positive "
+            f"definite, even with damping {damping * DAMPING_LADDER[-1]:g}",
+            fix="raise damping, or calibrate on more tokens",
+        )
+
+    def error(self, difference: Tensor) -> float:
+        """``‖Δ X‖²`` of a weight difference Δ (out, in): exact with the Gram matrix, its diagonal part with norms."""
+        if self._lower is None:
+            return float((difference.square() @ self.squares).sum())
+        return float((difference @ self.gram() * difference).sum())

@@ -1,0 +1,153 @@
+"""The model card, README.md: what was done to which model, how good the result is, and how to load it.
+
+The card of a run is byte-identical each time the plan runs: no times, dates, machine facts or absolute paths. Those are
+in report.json.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from compress.report import comparison, described, figure, human_bytes, percent, replace_text
+
+if TYPE_CHECKING:
+    from compress.report import Divergence, Report
+
+
+def write_card(report: Report, directory: Path | str, base_model: str, license: str | None) -> None:
+    """Write README.md into `directory`.
+
+    `base_model` is a hub id, or a local directory of which only the name appears; `license` is the base model's
+    identifier on the hub ("apache-2.0", "llama3.2"), None where it is not known.
+    """
+    report = _public_report(report)
+    card = ModelCard(f"---\n{_metadata(report, base_model, license).to_yaml()}\n---\n\n{_body(report, base_model)}")
+    replace_text(Path(directory) / "README.md", str(card))
+
+
+def _public_report(report: Report) -> Report:
+    """The report with the names of texts in place of their paths on this machine."""
+    lines = tuple(line.model_copy(update={"text": _public(line.text)}) for line in report.evaluation)
+    source = report.calibration
+    calibration = source.model_copy(update={"source": _public(source.source)}) if source else None
+    return report.model_copy(update={"evaluation": lines, "calibration": calibration})
+
+
+def _metadata(report: Report, base_model: str, license: str | None) -> ModelCardData:
+    """The YAML header; the hub refuses a base model that is no hub id, so that a local one is left out."""
+    quantized = any(step.settings.get("bits") for step in report.passes)
+    pruned = any(step.settings.get("pattern") or step.settings.get("sparsity") for step in report.passes)
+    kinds = ["pruning"] * pruned + ["quantization"] * quantized
+    methods = [step.use for step in report.passes if step.use.isidentifier()]  # not my_package.my_pass:MyPass
+    on_hub = _is_hub_id(base_model)
+    return ModelCardData(
+        base_model=base_model if on_hub else None,
+        base_model_relation="quantized" if on_hub and quantized else None,
+        library_name="transformers",
+        license=license,
+        pipeline_tag="text-generation" if report.model.architecture.endswith("ForCausalLM") else None,
+        tags=list(dict.fromkeys(["compress", *kinds, *methods])),
+    )
+
+
+def _body(report: Report, base_model: str) -> str:
+    sections = [
+        f"# {_code(report.output.path)}",
+        f"{_code(_public(base_model))}, compressed with `compress` {report.compress_version}. "
+        f"After writing, {report.verified.tensors:,} tensors ({human_bytes(report.verified.bytes)}) were read back and "
+        "were equal, bit for bit, to the compressed model in memory.",
+        _method(report),
+        _results(report),
+        _loading(report),
+        "## Reproduce\n\nThe plan of this run is stored in `report.json` under `plan_toml`. Save it as `plan.toml`, "
+        "set its paths, and run:\n\n```sh\ncompress plan.toml\n```",
+        _limits(report),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _method(report: Report) -> str:
+    steps = [
+        f"{number}. {_code(described(step))} on {step.linears:,} linear layers: {percent(step.sparsity)} zeros after it"
+        + (f", mean relative output error {figure(step.relative_error)}" if step.relative_error is not None else "")
+        for number, step in enumerate(report.passes, start=1)
+    ]
+    text = "## Method\n\n" + ("\n".join(steps) or "No pass changed the weights.")
+    if report.calibration:
+        source = report.calibration
+        text += (
+            f"\n\nCalibrated on {source.samples:,} samples of {_code(source.source)}, up to "
+            f"{source.length:,} tokens each ({source.tokens:,} tokens in all)."
+        )
+    return text
+
+
+def _results(report: Report) -> str:
+    rows = [_row(name.strip(), *cells) for name, *cells in comparison(report)]
+    text = "## Results\n\n" + "\n".join(["| | before | after | change |", "|:--|--:|--:|--:|", *rows])
+    if not report.evaluation:
+        return text + "\n\nThe quality of this model was not measured."
+    conventions = "\n".join(f"- {_code(line.text)}: {line.convention}" for line in report.evaluation)
+    text += f"\n\nScored from the files in this repository. How perplexity was taken:\n\n{conventions}"
+    divergences = [_divergence(line.text, line.divergence) for line in report.evaluation if line.divergence]
+    if divergences:
+        head = "| text | KL mean | median | p99 | p99.9 | max | same top token |\n|:--|--:|--:|--:|--:|--:|--:|"
+        text += "\n\nDivergence from the dense model, KL(dense ‖ compressed) per token in nats:\n\n"
+        text += "\n".join([head, *divergences])
+    return text
+
+
+def _divergence(text: str, kl: Divergence) -> str:
+    values = (kl.kl_mean, kl.kl_median, kl.kl_p99, kl.kl_p999, kl.kl_max)
+    return _row(text, *(figure(value, "not finite") for value in values), percent(kl.top1_agreement))
+
+
+def _loading(report: Report) -> str:
+    name = re.sub(r"[^\w.\-]", "_", report.output.path)
+    return f"""## Use
+
+The directory loads with plain `transformers`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""
+
+
+def _limits(report: Report) -> str:
+    limits = [
+        "Perplexity compares only between models scored by the same convention, and does not show how the model does "
+        "on a task; evaluate on yours before use.",
+        "Compression can change answers while averages stay the same, above all on text unlike the calibration text.",
+        "The limits, biases and licence terms of the base model hold for this model too.",
+    ]
+    if report.output.linear_sparsity > 0 and report.output.bytes >= 0.95 * report.model.bytes:
+        stored = "The zeros are stored like any other weight: the files are not smaller for them, and only a runtime "
+        limits.insert(0, stored + "with sparse kernels is faster.")
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"(\w[\w.\-]*/)?\w[\w.\-]*", name, re.ASCII) is not None and not Path(name).exists()
+
+
+def _public(name: str) -> str:
+    """The name without the directories of this machine: a hub id stays, a path keeps its last part."""
+    return name if _is_hub_id(name) else PureWindowsPath(name).name or "local model"
+
+
+def _code(text: str) -> str:
+    """`text` as a code span: there no HTML or Markdown is interpreted, and a backtick cannot leave it."""
+    return f"`{''.join(char for char in text if char.isprintable() and char != '`') or '-'}`"
+
+
+def _row(name: str, *cells: str) -> str:
+    """A table row; what Markdown or HTML would read as markup in `name` is escaped."""
+    shown = re.sub(r"([\\`*_\[\]<>!|~&$])", r"\\\1", "".join(filter(str.isprintable, name)))
+    return f"| {shown} | {' | '.join(cells)} |"

@@ -1,0 +1,225 @@
+"""What a pass is: one frozen object whose fields are the TOML keys, and two class variables that the lock checks.
+
+A *local* pass (`LinearPass`) is fused into sweeps over decoder blocks; it sees one linear and the moments of its
+input, and may only change the `LinearState`. The rules of composition are data: what a pass establishes, requires
+and preserves. `compress.lock` refuses an order that breaks them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, WithJsonSchema, model_validator
+
+from compress.calibration.moments import Moments, Statistics
+from compress.errors import nearest
+from compress.settings import Settings
+from compress.state import LinearState, Pattern
+
+__all__ = ["Invariant", "LinearPass", "LinearState", "Moments", "Note", "Pass", "Statistics", "Survey", "Where"]
+
+
+class Invariant(StrEnum):
+    """What a model may promise from some pass on (DESIGN section 6)."""
+
+    MASK = "mask"  # pruned entries are exactly 0 and stay pruned
+    PATTERN = "pattern"  # at most N of every M
+    GRID = "grid"  # every weight is a code of its grid
+    SHAPES = "shapes"  # the widths of the model are final
+    TIES = "ties"  # tied parameters are equal
+    FUNCTION = "function"  # the outputs have not changed
+
+
+class SettingError(ValueError):
+    """A setting has an impossible value; `fix` says what to write, `location` where below the table it stands."""
+
+    def __init__(self, problem: str, fix: str, location: tuple[str | int, ...] = ()) -> None:
+        super().__init__(problem)
+        self.fix, self.location = fix, location
+
+
+def _patterns(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+
+
+def _pattern(value: Any) -> Pattern:
+    if isinstance(value, Pattern):
+        return value
+    try:
+        return Pattern.parse(str(value))
+    except ValueError as error:
+        raise SettingError(str(error), 'write N:M, such as pattern = "2:4"') from None
+
+
+PatternSetting = Annotated[
+    Pattern,
+    PlainValidator(_pattern),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": "^[0-9]+:[0-9]+$"}),
+]
+
+
+class Where(Settings):
+    """Other settings for the linears that `match` (glob patterns on full names); the last match wins."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    match: Patterns
+
+    def overrides(self) -> dict[str, Any]:
+        """The settings this table gives."""
+        return dict(self.model_extra or {})
+
+
+Note = dict[str, Any]
+"""What a pass has to say of one linear: keys of the ledger line, such as ``damping`` or ``dead_columns``."""
+
+Survey = Callable[[], Iterator[LinearState]]
+"""Reads every targeted linear of the model once, in model order, one at a time."""
+
+
+class Pass(Settings):
+    """The base of every pass. Subclasses add fields (the TOML keys) and declare how they compose."""
+
+    match: Patterns = Field(default=("*",), description="glob patterns of the linears to work on")
+    except_: Patterns = Field(default=(), alias="except", description="glob patterns of the linears to leave alone")
+    where: tuple[Where, ...] = Field(default=(), description="other settings for some linears")
+
+    rule: ClassVar[int] = 3  # the composition rule of DESIGN section 6 that places this pass
+    establishes: ClassVar[frozenset[Invariant]] = frozenset()
+    requires: ClassVar[frozenset[Invariant]] = frozenset()
+    preserves: ClassVar[frozenset[Invariant]] = frozenset()
+
+    @model_validator(mode="after")
+    def _overrides_are_valid(self) -> Pass:
+        known = sorted(set(type(self).model_fields) - set(Pass.model_fields))
+        for index, table in enumerate(self.where):
+            for key in table.overrides():
+                if key not in known:
+                    problem = f'unknown key "{key}"{nearest(key, known)}'
+                    raise SettingError(problem, f"the settings are {', '.join(known)}", ("where", index, key))
+            try:
+                self.with_settings(table.overrides())
+            except ValidationError as error:  # the location is that of the table, not of the pass
+                first = error.errors()[0]
+                cause = first.get("ctx", {}).get("error")
+                fix = cause.fix if isinstance(cause, SettingError) else "correct the value"
+                problem = str(cause) if cause else f"{first['msg']}, not {first['input']!r}"
+                raise SettingError(problem, fix, ("where", index, *first["loc"])) from None
+        return self
+
+    def with_settings(self, overrides: dict[str, Any]) -> Self:
+        """The bare pass, without match, except and where, with some settings replaced."""
+        given = {name: getattr(self, name) for name in self.model_fields_set if name not in Pass.model_fields}
+        return type(self)(**self._merge(given, overrides))
+
+    def _merge(self, given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+        """Settings with overrides; a pass whose settings exclude each other drops the one that was replaced."""
+        return given | overrides
+
+    @classmethod
+    def use(cls) -> str:
+        """The name a plan calls this pass by: its file's name here, ``module:Class`` elsewhere."""
+        package, _, module = cls.__module__.rpartition(".")
+        return module if package == "compress.passes" else f"{cls.__module__}:{cls.__qualname__}"
+
+    def targets(self, name: str) -> bool:
+        """Whether the pass works on the linear of this full name."""
+        return matches(name, self.match) and not matches(name, self.except_)
+
+    def for_linear(self, name: str) -> Self:
+        """The pass with the settings it has for this linear: its own, then every matching ``where`` in order."""
+        overrides: dict[str, Any] = {}
+        for table in self.where:
+            if matches(name, table.match):
+                overrides |= table.overrides()
+        return self.with_settings(overrides)
+
+    def settings(self) -> dict[str, Any]:
+        """The method's own settings, defaults included, as JSON values."""
+        return self.model_dump(mode="json", exclude=set(Pass.model_fields))
+
+    def provides(self) -> frozenset[Invariant]:
+        """What this configured pass establishes; at least the class's `establishes`."""
+        return self.establishes
+
+    def check_shape(self, out_features: int, in_features: int) -> None:
+        """Raise SettingError when the settings cannot apply to a linear of this shape. Called by the lock."""
+
+
+class LinearPass(Pass):
+    """A pass over one linear at a time. Consecutive ones share a sweep, its activations and its moments."""
+
+    statistics: ClassVar[Statistics] = Statistics.NONE
+
+    def needed(self) -> Statistics:
+        """The statistics that this configured pass needs."""
+        return self.statistics
+
+    def surveys(self) -> bool:
+        """Whether the pass must see the whole model before it works on the first linear; begins a new sweep."""
+        return False
+
+    def survey(self, linears: Survey) -> dict[str, dict[str, Any]]:
+        """Settings that only a look at the whole model can give, by linear name. Called once, before the sweep."""
+        raise TypeError(f"{type(self).__name__} declares surveys() but has no survey()")
+
+    @abstractmethod
+    def apply(self, linear: LinearState, moments: Moments) -> Note:
+        """Compress one linear in place.
+
+        Args:
+            linear: the layer; `weight` is float32 and may be replaced, `mask` may only lose bits.
+            moments: the statistics of its input that the pass declared.
+
+        Returns:
+            entries for the ledger line, often empty.
+        """
+
+
+class PruningPass(LinearPass):
+    """Fields and rules common to passes that choose a mask: `sparsity` or `pattern`, exactly one of them."""
+
+    sparsity: float | None = Field(default=None, ge=0, lt=1, description="fraction of weights to prune, in [0, 1)")
+    pattern: PatternSetting | None = Field(default=None, description='N:M, N weights kept of every M, as in "2:4"')
+
+    establishes: ClassVar[frozenset[Invariant]] = frozenset({Invariant.MASK})
+    preserves: ClassVar[frozenset[Invariant]] = frozenset(
+        {Invariant.MASK, Invariant.PATTERN, Invariant.GRID, Invariant.SHAPES, Invariant.TIES}
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PruningPass:
+        if (self.sparsity is None) == (self.pattern is None):
+            problem = "sparsity and pattern exclude each other" if self.pattern else "neither sparsity nor pattern"
+            raise SettingError(problem, 'give exactly one, such as sparsity = 0.5 or pattern = "2:4"')
+        return self
+
+    def _merge(self, given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+        for new, old in (("sparsity", "pattern"), ("pattern", "sparsity")):
+            if new in overrides and old not in overrides:
+                given = {key: value for key, value in given.items() if key != old}
+        return given | overrides
+
+    def provides(self) -> frozenset[Invariant]:
+        """A pattern too, when one is asked for."""
+        return self.establishes | ({Invariant.PATTERN} if self.pattern else frozenset())
+
+    def check_shape(self, out_features: int, in_features: int) -> None:
+        """The group of a pattern must divide the input width."""
+        if self.pattern and in_features % self.pattern.group:
+            fits = [m for m in (2, 4, 8, 16, 32) if in_features % m == 0]
+            problem = f"pattern {self.pattern} needs an input width that {self.pattern.group} divides, not {in_features}"
+            raise SettingError(problem, f"choose M among {', '.join(map(str, fits)) or 'none'}, or except these linears")
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether any glob matches the full name (``*`` crosses dots, case counts)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

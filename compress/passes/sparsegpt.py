@@ -1,0 +1,119 @@
+"""SparseGPT: prune and re-fit what is left, column by column (Frantar & Alistarh 2023, arXiv 2301.00774).
+
+With ``H_λ = X Xᵀ + λ I``, ``λ = damping · mean(diag X Xᵀ)`` and ``H_λ⁻¹ = Uᵀ U``, the saliency of a weight that is
+still free is ``w_ij² / U_jj²``. The mask is chosen group by group from the *current* weights: per `mask_block`
+columns of the whole layer for a sparsity, per row and M columns for N:M. A pruned weight's error is spread over the
+columns to its right (`column_solver`). Dead columns (never an input) have saliency 0 and go first; those that the
+count spares keep their weight, because calibration says nothing about them.
+
+`least_squares` solves afterwards ``min ‖(W − Ŵ) X‖²`` on the final mask for all rows, by conjugate gradients on
+``H_λ`` preconditioned with its diagonal, starting from SparseGPT's own solution, so the error never grows.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.passes.base import Invariant, LinearState, Moments, Note, PruningPass, Statistics
+from compress.passes.column_solver import solve_columns
+from compress.state import lowest, lowest_in_groups, pruned_count
+
+
+class SparseGPT(PruningPass):
+    """Prune with second-order updates of the remaining weights."""
+
+    damping: float = Field(default=0.01, gt=0, le=10, description="λ as a fraction of the mean diagonal of H")
+    mask_block: int = Field(default=128, ge=1, description="columns among which a sparsity is met")
+    block_size: int = Field(default=128, ge=1, description="columns per lazy update; speed only")
+    least_squares: bool = Field(default=False, description="re-solve the kept weights on the final mask")
+
+    statistics: ClassVar[Statistics] = Statistics.GRAM
+    # The update moves kept weights off any grid.
+    preserves: ClassVar[frozenset[Invariant]] = PruningPass.preserves - {Invariant.GRID}
+
+    def apply(self, linear: LinearState, moments: Moments) -> Note:
+        """Prune one layer and update the weights it keeps."""
+        factor = moments.factor(self.damping)
+        rule = _Mask(self, linear, factor.dead)
+        weight, loss = solve_columns(linear.effective(), factor.upper, rule, block_size=self.block_size)
+        linear.prune(rule.pruned.T)
+        linear.weight = weight
+        if self.least_squares:
+            assert linear.mask is not None
+            H = moments.gram()
+            H.diagonal().add_(factor.damping * H.diagonal().mean())
+            linear.weight = restricted_least_squares(linear.dense, weight, linear.mask, H)
+        linear.weight = linear.effective()
+        return {"damping": factor.damping, "dead_columns": int(factor.dead.sum()), "damped_loss": loss}
+
+
+class _Mask:
+    """Chooses the mask group by group and projects pruned weights to zero."""
+
+    def __init__(self, settings: SparseGPT, linear: LinearState, dead: Tensor) -> None:
+        self.settings, self.dead = settings, dead
+        self.group = settings.pattern.group if settings.pattern else min(settings.mask_block, linear.in_features)
+        before = linear.mask
+        self.pruned = (  # (in, out)
+            torch.zeros_like(linear.weight.T, dtype=torch.bool) if before is None else ~before.T
+        ).contiguous()
+        self._zero = torch.zeros((), device=linear.weight.device)
+
+    def begin(self, start: int, current: Tensor, diagonal: Tensor) -> None:
+        saliency = (current / diagonal.unsqueeze(1)).square_()  # (group, out)
+        span = slice(start, start + current.shape[0])
+        saliency.masked_fill_(self.dead[span].unsqueeze(1), 0.0)
+        saliency.masked_fill_(self.pruned[span], -1.0)
+        if self.settings.pattern is not None:
+            chosen = lowest_in_groups(saliency.T, self.settings.pattern).T
+        else:  # floor(s · all) over the whole layer: the fractions that blocks leave are carried on
+            sparsity, rows = self.settings.sparsity or 0.0, current.shape[1]
+            count = pruned_count(sparsity, span.stop * rows) - pruned_count(sparsity, span.start * rows)
+            chosen = lowest(saliency.flatten(), count).view_as(saliency)
+        self.pruned[span] |= chosen
+
+    def project(self, column: int, current: Tensor) -> Tensor:
+        return torch.where(self.pruned[column], self._zero, current)
+
+
+def restricted_least_squares(
+    target: Tensor, start: Tensor, mask: Tensor, H: Tensor, *, tolerance: float = 1e-6, iterations: int = 200
+) -> Tensor:
+    """``argmin tr[(W − Ŵ) H (W − Ŵ)ᵀ]`` over Ŵ that is zero off the mask, for all rows at once.
+
+    Args:
+        target: (out, in) W.
+        start: (out, in), zero where pruned; the objective never exceeds its value here.
+        mask: (out, in) bool, True = free.
+        H: (in, in) positive definite.
+        tolerance: stop when every row's preconditioned residual has fallen by this factor.
+        iterations: stop after so many.
+
+    Returns:
+        (out, in), zero off the mask.
+    """
+    zero = torch.zeros((), dtype=start.dtype, device=start.device)
+    solution = start.clone()
+    inverse = H.diagonal().reciprocal()  # Jacobi preconditioner
+    residual = torch.where(mask, (target - solution) @ H, zero)
+    z = residual * inverse
+    direction = z.clone()
+    rho = (residual * z).sum(1, keepdim=True)  # (out, 1)
+    goal = rho * tolerance**2
+    for _ in range(iterations):
+        if bool((rho <= goal).all()):
+            break
+        product = torch.where(mask, direction @ H, zero)
+        curvature = (direction * product).sum(1, keepdim=True)
+        step = torch.where(curvature > 0, rho / curvature, zero)
+        solution += step * direction
+        residual -= step * product
+        z = residual * inverse
+        fresh = (residual * z).sum(1, keepdim=True)
+        direction = z + torch.where(rho > 0, fresh / rho, zero) * direction
+        rho = fresh
+    return solution

@@ -1,0 +1,388 @@
+"""The plan: a TOML file, or the same objects built in Python.
+
+Every table is a frozen pydantic model and the world is closed: an unknown key, an unknown pass or an impossible value
+is one `PlanError` that names file, line and key, the nearest valid name and the fix.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ByteSize, Field, PrivateAttr, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from compress import passes as builtin_passes
+from compress.errors import PlanError, nearest
+from compress.passes.base import Pass, Patterns, SettingError
+from compress.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Location = tuple[str | int, ...]
+
+
+class Model(Settings):
+    """The model to compress."""
+
+    path: str = Field(min_length=1, description="a local directory, or a hub id such as meta-llama/Llama-3.2-1B")
+    revision: str | None = Field(default=None, description="hub revision (commit); needed for a reproducible lock")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+
+class Calibration(Settings):
+    """Where calibration tokens come from and how they are cut."""
+
+    source: str = Field(min_length=1, description='a txt, jsonl or parquet file, a hub dataset, or "self"')
+    name: str | None = Field(default=None, description="configuration of the hub dataset")
+    split: str | None = Field(default=None, description="split of the hub dataset")
+    column: str | None = Field(default=None, description='the text column; default "text", or "messages" for chats')
+    samples: int = Field(default=128, ge=1, description="rows")
+    length: int = Field(default=2048, ge=2, description="tokens per row")
+    seed: int = Field(default=0, ge=0)
+    packing: Literal["windows", "documents"] = Field(default="windows", description="cut one stream, or pad documents")
+    selection: Literal["random", "first"] = Field(default="random", description="which part of the text")
+    chat_template: bool = Field(default=False, description="render each document through the chat template")
+    special_tokens: bool = Field(default=True, description="let the tokenizer add its special tokens")
+
+
+class Run(Settings):
+    """Where and how to run."""
+
+    output: str = Field(min_length=1, description="directory to create")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    memory: ByteSize | None = Field(default=None, description='the peak the estimate must fit, as in "20GiB"')
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's")
+    refresh: Literal["subset", "block"] = Field(
+        default="subset", description="collect statistics before each subset of a block (exact), or once per block"
+    )
+
+
+class Export(Settings):
+    """A checkpoint format to write."""
+
+    format: Literal["huggingface"] = "huggingface"
+    shard_size: ByteSize = Field(default=ByteSize(5_000_000_000), gt=0, description="bytes per file at most")
+
+
+class Evaluate(Settings):
+    """What to measure on the emitted directory."""
+
+    perplexity: Patterns = Field(default=(), description="text files or hub datasets")
+    window: int | None = Field(default=None, ge=2, description="tokens; default: the model's context, 2048 at most")
+    stride: int | None = Field(default=None, ge=1, description="tokens between windows; default: window")
+    windows: int | None = Field(default=None, ge=1, description="evaluate only the first so many windows")
+    special_tokens: bool = Field(default=True, description="let the tokenizer add its special tokens (one BOS)")
+    divergence: bool = Field(default=True, description="KL divergence and top-1 agreement to the dense model")
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Evaluate:
+        if self.stride and self.window and self.stride > self.window:
+            raise SettingError(f"stride {self.stride} skips tokens of window {self.window}", "stride <= window")
+        return self
+
+
+class Plan(Settings):
+    """An ordered list of passes over one model and one calibration set."""
+
+    model: Model
+    calibration: Calibration | None = None
+    run: Run
+    passes: tuple[SerializeAsAny[Pass], ...] = Field(alias="pass", min_length=1)
+    exports: tuple[Export, ...] = Field(default=(Export(),), alias="export", min_length=1, max_length=1)
+    evaluate: Evaluate | None = None
+
+    _source: Source | None = PrivateAttr(default=None)
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _from_tables(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise SettingError(f"pass must be a list of tables, not {type(value).__name__}", "write [[pass]]")
+        return tuple(item if isinstance(item, Pass) else pass_from_table(item) for item in value)
+
+    @property
+    def source(self) -> Source:
+        """The text of the plan and where its keys stand; written out as TOML when the plan was built in Python."""
+        return self._source or Source(None, self.to_toml())
+
+    @property
+    def folder(self) -> Path:
+        """What relative paths are relative to: the plan file's folder, or the working directory."""
+        return self.source.path.parent if self.source.path else Path()
+
+    def resolve(self, path: str) -> Path:
+        """A path of the plan as one that can be opened."""
+        return self.folder / Path(path).expanduser()
+
+    def tables(self) -> dict[str, Any]:
+        """The plan as TOML tables: what was set, under the plan's key names."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        data["pass"] = [
+            {"use": p.use()} | p.model_dump(mode="json", by_alias=True, exclude_unset=True) | _where(p)
+            for p in self.passes
+        ]
+        return _without_none(data)
+
+    def canonical(self) -> dict[str, Any]:
+        """Every setting, defaults included, less those that change no byte of the output: the plan's identity."""
+        data = self.model_dump(mode="json", by_alias=True, exclude={"run", "evaluate"})
+        data["run"] = {"refresh": self.run.refresh}
+        data["pass"] = [{"use": p.use()} | p.model_dump(mode="json", by_alias=True) | _where(p) for p in self.passes]
+        return data
+
+    def to_toml(self) -> str:
+        """The plan as a TOML file that builds the same plan."""
+        import tomli_w
+
+        return tomli_w.dumps(self.tables())
+
+
+def _where(one: Pass) -> dict[str, Any]:
+    return {"where": [table.model_dump(mode="json") for table in one.where]} if one.where else {}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def pass_classes() -> dict[str, type[Pass]]:
+    """The methods that come with compress, by the name a plan uses: the file in passes/."""
+    classes: dict[str, type[Pass]] = {}
+    for info in pkgutil.iter_modules(builtin_passes.__path__):
+        module = importlib.import_module(f"{builtin_passes.__name__}.{info.name}")
+        for item in vars(module).values():
+            concrete = isinstance(item, type) and issubclass(item, Pass) and not getattr(item, "__abstractmethods__", ())
+            if concrete and item.__module__ == module.__name__ and item not in (Pass,):
+                classes[info.name] = item
+    return {name: cls for name, cls in classes.items() if name != "base"}
+
+
+def find_pass(use: str) -> type[Pass]:
+    """The class that ``use`` names. Raises SettingError for an unknown one."""
+    known = pass_classes()
+    if use in known:
+        return known[use]
+    if ":" not in use:
+        names = ", ".join(sorted(known))
+        raise SettingError(
+            f'unknown pass "{use}"{nearest(use, known)}',
+            f'the passes are {names}; your own is use = "my_package.my_module:MyPass"',
+        )
+    module, _, attribute = use.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingError(f'cannot import pass "{use}": {error}', "install the package, or set PYTHONPATH") from error
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise SettingError(f'"{use}" is not a pass', "derive the class from compress.passes.LinearPass")
+    return cls
+
+
+def pass_from_table(table: Any) -> Pass:
+    """A ``[[pass]]`` table as the object that it constructs."""
+    if not isinstance(table, dict):
+        raise SettingError(f"pass must be a table, not {table!r}", "write [[pass]]")
+    settings = dict(table)
+    use = settings.pop("use", None)
+    if not isinstance(use, str):
+        raise SettingError('a pass needs the key "use"', f"use = one of {', '.join(sorted(pass_classes()))}")
+    return find_pass(use)(**settings)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of a plan, to quote it and to name lines of it."""
+
+    path: Path | None
+    text: str
+
+    @property
+    def name(self) -> str:
+        """What messages call the plan."""
+        return str(self.path) if self.path else "plan"
+
+    def line(self, location: Location) -> int | None:
+        """The line (from 1) of a key, or of the nearest table that encloses it."""
+        lines = dict(_lines(self.text))
+        while location and location not in lines:
+            location = location[:-1]
+        return lines.get(location)
+
+    def where(self, location: Location) -> str:
+        """``plan.toml:12: pass[0].sparsity`` for messages."""
+        line = self.line(location) if self.path else None
+        at = f"{self.name}:{line}" if line else self.name
+        dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+        return f"{at}: {dotted}" if dotted else at
+
+
+_KEY = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
+_DOTTED = re.compile(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*")
+
+
+def _lines(text: str) -> Iterator[tuple[Location, int]]:
+    """Each table header and key of a TOML text with its line; tomllib keeps no positions."""
+    table: Location = ()
+    arrays: dict[Location, int] = {}
+    quote: str | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        inside = quote
+        for mark in re.findall(r'"""|\'\'\'', line):
+            quote = mark if quote is None else (None if quote == mark else quote)
+        if inside:
+            continue
+        header = re.match(rf"\s*(\[\[?){_DOTTED.pattern}\]", line)
+        if header:
+            table = ()
+            parts = _split(header[2])
+            for depth, part in enumerate(parts):
+                table += (part,)
+                last = depth == len(parts) - 1
+                if last and header[1] == "[[":
+                    arrays[table] = arrays.get(table, -1) + 1
+                    # A new element starts the arrays below it anew.
+                    arrays = {key: n for key, n in arrays.items() if key[: len(table)] != table or key == table}
+                if table in arrays:
+                    table += (arrays[table],)
+            yield table, number
+            continue
+        key = re.match(rf"{_DOTTED.pattern}=", line)
+        if key:
+            yield table + _split(key[1]), number
+
+
+def _split(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip("\"'") for part in re.findall(_KEY, dotted))
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanError: the file cannot be read, is not TOML, or says something impossible.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        others = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise PlanError(f"no such plan{nearest(path.name, others)}", where=str(path), fix="give a TOML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read the plan: {error}", where=str(path), fix="give a UTF-8 TOML file") from None
+    return parse_plan(text, path)
+
+
+def parse_plan(text: str, path: Path | None = None) -> Plan:
+    """The plan that a TOML text describes; `path` names it in messages and anchors its relative paths."""
+    source = Source(path, text)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"not valid TOML: {error}", where=source.name, fix="correct the syntax at that place") from None
+    return plan_from_tables(data, source)
+
+
+def plan_from_tables(data: dict[str, Any], source: Source) -> Plan:
+    """Validate TOML tables. Passes are built one by one, so that an error knows which class it is about."""
+    data = dict(data)
+    tables = data.get("pass", [])
+    if isinstance(tables, list):
+        built: list[Pass] = []
+        for index, table in enumerate(tables):
+            try:
+                built.append(pass_from_table(table))
+            except ValidationError as error:
+                cls = find_pass(table["use"])
+                raise _explain(error, cls, source, ("pass", index)) from None
+            except SettingError as error:
+                place = ("pass", index, "use") if isinstance(table, dict) else ("pass", index)
+                raise PlanError(str(error), where=source.where(place), fix=error.fix) from None
+        data["pass"] = built
+    try:
+        plan = Plan(**data)
+    except ValidationError as error:
+        raise _explain(error, Plan, source, ()) from None
+    plan._source = source
+    return plan
+
+
+def _explain(error: ValidationError, cls: type[Settings], source: Source, prefix: Location) -> PlanError:
+    """The first problem pydantic found, in the words of this project."""
+    # A misspelt key is also a missing one: say the first.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    location: Location = prefix + tuple(first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    cause = first.get("ctx", {}).get("error")
+    owner = _owner(cls, tuple(first["loc"]))
+    key = str(location[-1]) if location else ""
+    if first["type"] == "extra_forbidden":
+        names = _keys(owner)
+        problem = f'unknown key "{key}"{nearest(key, names)}'
+        fix = f"the keys of this table are {', '.join(names)}"
+    elif first["type"] == "missing":
+        table = location == (key,)
+        problem, fix = f'"{key}" is missing', f"add the table [{key}]" if table else f"add {key} = ..."
+    elif isinstance(cause, SettingError):
+        problem, fix = str(cause), cause.fix
+        location += cause.location
+    else:
+        problem = f"{first['msg']}, not {first['input']!r}" if "input" in first else first["msg"]
+        described = owner.model_fields.get(_field_name(owner, key)) if owner else None
+        fix = f"{key} is {described.description}" if described and described.description else "correct the value"
+        if cause is not None:
+            problem = str(cause)
+    return PlanError(problem + more, where=source.where(location), fix=fix)
+
+
+def _owner(cls: type[Settings], location: Location) -> type[Settings]:
+    """The model class in which the last key of a location stands."""
+    for part in location[:-1]:
+        field = cls.model_fields.get(_field_name(cls, str(part)))
+        for candidate in _classes(field.annotation if field else None):
+            cls = candidate
+    return cls
+
+
+def _classes(annotation: Any) -> Iterator[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _classes(inner)
+
+
+def _field_name(cls: type[Settings], key: str) -> str:
+    return next((name for name, field in cls.model_fields.items() if key in (name, field.alias)), key)
+
+
+def _keys(cls: type[Settings]) -> list[str]:
+    names = [field.alias or name for name, field in cls.model_fields.items()]
+    return ["use", *names] if issubclass(cls, Pass) else names
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a plan, for editors (``compress schema``). Passes of other packages are allowed by name."""
+    schema = Plan.model_json_schema(by_alias=True)
+    definitions = schema.setdefault("$defs", {})
+    tables = []
+    for use, cls in sorted(pass_classes().items()):
+        one = cls.model_json_schema(by_alias=True)
+        definitions |= one.pop("$defs", {})
+        one["properties"] = {"use": {"const": use, "description": (cls.__doc__ or "").split("\n")[0]}} | one["properties"]
+        one["required"] = ["use", *one.get("required", [])]
+        definitions[cls.__name__] = one
+        tables.append({"$ref": f"#/$defs/{cls.__name__}"})
+    own = {
+        "type": "object",
+        "properties": {"use": {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$"}},
+        "required": ["use"],
+    }
+    schema["properties"]["pass"] = {"type": "array", "minItems": 1, "items": {"anyOf": [*tables, own]}}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "compress plan"} | schema
