@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -131,26 +131,35 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, as stored. Raises ModelError when the file ended or changed since its header was read."""
         info = self.tensors[name]
-        flat = torch.empty(info.bytes, dtype=torch.uint8)
-        with (self.directory / info.file).open("rb", buffering=0) as file:
-            file.seek(info.start)
-            view = memoryview(flat.numpy())
-            done = 0
-            while done < info.bytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise ModelError(
-                        f"the file ends {info.bytes - done} bytes before {name} does",
-                        where=str(self.directory / info.file),
-                        fix="the file was truncated during the run; copy it again",
-                    )
-                done += count
-        return flat.view(info.torch_dtype).view(info.shape)
+        return _read_tensor(self.directory / info.file, info)
 
     def digest(self) -> str:
         """SHA-256 over names, dtypes, shapes and places of all tensors; the data itself is hashed as it is read."""
         lines = (f"{t.name} {t.dtype} {t.shape} {t.file} {t.start}" for _, t in sorted(self.tensors.items()))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _read_tensor(path: Path, info: TensorInfo) -> Tensor:
+    flat = torch.empty(info.bytes, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(info.start)
+        view = memoryview(flat.numpy())
+        done = 0
+        while done < info.bytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise ModelError(
+                    f"the file ends {info.bytes - done} bytes before {info.name} does",
+                    where=str(path),
+                    fix="the file was truncated during the run; copy it again",
+                )
+            done += count
+    return flat.view(info.torch_dtype).view(info.shape)
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file."""
+    return {info.name: _read_tensor(path, info) for info in read_header(path)}
 
 
 def read_header(path: Path) -> Iterator[TensorInfo]:
@@ -320,13 +329,21 @@ def index_text(shards: list[Shard]) -> str | None:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
 
-def write_shard(shard: Shard, directory: Path, tensors: Mapping[str, Tensor] | Any) -> str:
-    """Write one file, a tensor at a time, and fsync it.
+class Tensors(Protocol):
+    """Gives tensors by name."""
+
+    def __getitem__(self, name: str, /) -> Tensor:
+        """The tensor of this name."""
+
+
+def write_shard(shard: Shard, directory: Path, tensors: Tensors, *, synced: bool = True) -> str:
+    """Write one file, a tensor at a time.
 
     Args:
         shard: what to write.
         directory: where.
-        tensors: gives each tensor by name when it is asked for.
+        tensors: asked for each tensor when it is its turn.
+        synced: have it on the disk when this returns.
 
     Returns:
         The SHA-256 of the file.
@@ -343,7 +360,8 @@ def write_shard(shard: Shard, directory: Path, tensors: Mapping[str, Tensor] | A
             digest.update(data)
             file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if synced:
+            os.fsync(file.fileno())
     return digest.hexdigest()
 
 

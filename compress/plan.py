@@ -159,7 +159,9 @@ def pass_classes() -> dict[str, type[Pass]]:
     for info in pkgutil.iter_modules(builtin_passes.__path__):
         module = importlib.import_module(f"{builtin_passes.__name__}.{info.name}")
         for item in vars(module).values():
-            concrete = isinstance(item, type) and issubclass(item, Pass) and not getattr(item, "__abstractmethods__", ())
+            concrete = (
+                isinstance(item, type) and issubclass(item, Pass) and not getattr(item, "__abstractmethods__", ())
+            )
             if concrete and item.__module__ == module.__name__ and item not in (Pass,):
                 classes[info.name] = item
     return {name: cls for name, cls in classes.items() if name != "base"}
@@ -375,7 +377,9 @@ def json_schema() -> dict[str, Any]:
     for use, cls in sorted(pass_classes().items()):
         one = cls.model_json_schema(by_alias=True)
         definitions |= one.pop("$defs", {})
-        one["properties"] = {"use": {"const": use, "description": (cls.__doc__ or "").split("\n")[0]}} | one["properties"]
+        one["properties"] = {"use": {"const": use, "description": (cls.__doc__ or "").split("\n")[0]}} | one[
+            "properties"
+        ]
         one["required"] = ["use", *one.get("required", [])]
         definitions[cls.__name__] = one
         tables.append({"$ref": f"#/$defs/{cls.__name__}"})

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class _Halt(Exception):
+class _Halted(Exception):
     """Ends a forward of the skeleton at its last stub."""
 
 
@@ -83,6 +83,8 @@ class Skeleton:
         self._inject: Tensor | None = None
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self._source = hashlib.sha256()
+        self.read_digest = ""  # of the block that was loaded last, as far as it came from the checkpoint
 
     def _match(self) -> None:
         """Map every parameter to the stored tensor that fills it; what the model does not know is `extra`."""
@@ -142,6 +144,11 @@ class Skeleton:
         return [name for name in self.stored if not name.startswith(f"{self.architecture.blocks}.")]
 
     @property
+    def width(self) -> int:
+        """The hidden size: features between blocks."""
+        return int(getattr(self.config, self.architecture.hidden.size))
+
+    @property
     def embedding(self) -> str:
         """Full name of the input embedding's weight."""
         module = self.model.get_input_embeddings()
@@ -182,7 +189,7 @@ class Skeleton:
         parent, _, leaf = name.rpartition(".")
         module = self._module(parent)
         if leaf in module._parameters:
-            tensor = self.checkpoint.read(self.stored[name]) if value is None else value
+            tensor = self._read(name) if value is None else value
             if not bool(torch.isfinite(tensor).all()):
                 raise RunError(
                     f"{self.stored[name]} holds NaN or infinity",
@@ -191,6 +198,18 @@ class Skeleton:
                 )
             tensor = tensor.to(device=self.device, dtype=self.dtype)
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.checkpoint.read(self.stored[name])
+        self._source.update(raw_bytes(tensor))
+        return tensor
+
+    def block_digest(self, index: int) -> str:
+        """SHA-256 over the stored bytes of a block's tensors, in order."""
+        self._source = hashlib.sha256()
+        for name in self.block_parameters(index):
+            self._read(name)
+        return self._source.hexdigest()
 
     def _module(self, name: str) -> nn.Module:
         """A submodule by full name; those of blocks are found behind their stubs."""
@@ -227,11 +246,13 @@ class Skeleton:
         """
         names = self.block_parameters(index)
         block = self.blocks[index]
+        self._source = hashlib.sha256()
         try:
             for module_name, module in block.named_modules():
                 self._make_buffers(self.prefix(index) + module_name, module)
             for name in names:
                 self._load(name, (replaced or {}).get(name))
+            self.read_digest = self._source.hexdigest()
             yield block
         finally:
             for name in names:
@@ -246,15 +267,13 @@ class Skeleton:
             self._first = hidden
         self._recorded.append(Call(args, kwargs))
         if index == len(self.blocks) - 1:
-            raise _Halt
+            raise _Halted
         return hidden
 
     def _record(self, **inputs: Tensor) -> tuple[Tensor, list[Call]]:
         self._recorded = []
-        try:
+        with suppress(_Halted):
             self.model(**inputs, use_cache=False)
-        except _Halt:
-            pass
         recorded, self._recorded = self._recorded, []
         hidden, self._first = self._first, None
         assert hidden is not None
@@ -273,7 +292,10 @@ class Skeleton:
         return self._calls[shape]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (rows, length, vocabulary) of the last block's output (rows, length, hidden). Needs the head loaded."""
+        """Logits (rows, length, vocabulary) of the last block's output (rows, length, hidden).
+
+        Needs the head loaded.
+        """
         self._inject = hidden.to(self.device, self.dtype)
         try:
             output = self.model(inputs_embeds=self._blank(*hidden.shape[:2]), use_cache=False)
@@ -296,7 +318,7 @@ class Activations:
         """`shapes`: (rows, length, hidden) of each batch. `keep`: hold a copy in memory."""
         self.path, self.shapes, self.dtype, self.keep = path, shapes, dtype, keep
         self._held: list[Tensor | None] = [None] * len(shapes)
-        self._file = None
+        self._file: BinaryIO | None = None
         self._hash = hashlib.sha256()
         self._written = 0
 
@@ -313,11 +335,15 @@ class Activations:
         if self.keep:
             self._held[batch] = hidden
 
-    def close(self) -> str:
-        """End writing; returns the SHA-256 of the file. Durability is the journal's business."""
+    def close(self) -> None:
+        """End writing. Durability is the journal's business."""
         assert self._file is not None
         self._file.close()
         self._file = None
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of what was put."""
         return self._hash.hexdigest()
 
     def get(self, batch: int, device: torch.device, *, last: bool = False) -> Tensor:
@@ -331,7 +357,8 @@ class Activations:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(offset)
                 if file.readinto(raw_bytes(flat)) != count * size:
-                    raise RunError(f"batch {batch} is truncated", where=str(self.path), fix="run the same command again")
+                    fix = "run the same command again"
+                    raise RunError(f"batch {batch} is truncated", where=str(self.path), fix=fix)
             hidden = flat.view(self.shapes[batch])
         if last:
             self._held[batch] = None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compress.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from compress.stream import Activations, Call
 
@@ -36,7 +36,7 @@ def batch_rows(samples: int, length: int, device: torch.device) -> list[int]:
     return [min(rows, samples - start) for start in range(0, samples, rows)]
 
 
-class _Stop(Exception):
+class _Stopped(Exception):
     """Leaves a forward at the input of a subset."""
 
 
@@ -44,7 +44,13 @@ class Walk:
     """One block over all batches. `inputs` gives a subset's inputs, `outputs` the block's; each goes forward only."""
 
     def __init__(
-        self, block: nn.Module, stops: list[tuple[str, ...]], calls: list[Call], source: Activations, *, pause: bool
+        self,
+        block: nn.Module,
+        stops: list[tuple[str, ...]],
+        calls: list[Call],
+        source: Activations | None,
+        *,
+        pause: bool,
     ) -> None:
         """Prepare to run.
 
@@ -52,7 +58,7 @@ class Walk:
             block: the decoder block, with weights.
             stops: names (in the block) of the linears of each subset to stop at, in the order the block runs them.
             calls: what the block is called with besides the hidden states, for each batch.
-            source: the block's inputs.
+            source: the block's inputs; None when no forward will be asked for (then `calls` is empty).
             pause: keep every batch's forward alive between stops; else run it anew for each.
         """
         self.block, self.calls, self.source, self.pause = block, calls, source, pause
@@ -60,7 +66,8 @@ class Walk:
         self._caught: dict[int, Tensor] = {}
         self._running: list[greenlet.greenlet | None] = [None] * len(calls)
         self._wanted: int | None = None  # without pausing: the subset to stop at
-        self._passed: set[int] = set()  # ... and those that the current forward has met
+        self._observer: Callable[[int, Tensor], None] | None = None
+        self._seen: set[int] = set()  # subsets that the observed forward has met
         self._hooks = [
             block.get_submodule(name).register_forward_pre_hook(self._hook(stop))
             for stop, names in enumerate(stops)
@@ -82,13 +89,18 @@ class Walk:
                 if getattr(current, "stop", -1) < stop:  # the first linear of the subset to be called
                     current.stop = stop
                     current.parent.switch(args[0])
+            elif self._observer is not None:
+                if stop not in self._seen:
+                    self._seen.add(stop)
+                    self._observer(stop, args[0])
             elif stop == self._wanted:
                 self._caught[0] = args[0]
-                raise _Stop
+                raise _Stopped
 
         return arrived
 
     def _forward(self, batch: int, *, last: bool) -> Tensor:
+        assert self.source is not None
         args, kwargs = self.calls[batch]
         output = self.block(self.source.get(batch, self.device, last=last), *args, **kwargs)
         if not isinstance(output, Tensor):
@@ -111,10 +123,20 @@ class Walk:
                 self._wanted = stop
                 try:
                     self._forward(batch, last=False)
-                except _Stop:
+                except _Stopped:
                     yield batch, self._caught.pop(0)
                 finally:
                     self._wanted = None
+
+    def observe(self, seen: Callable[[int, int, Tensor], None]) -> None:
+        """Run every batch to the end once and show `seen(stop, batch, input)` each subset's input on the way."""
+        for batch in range(len(self.calls)):
+            self._seen.clear()
+            self._observer = lambda stop, inputs, batch=batch: seen(stop, batch, inputs)
+            try:
+                self._forward(batch, last=False)
+            finally:
+                self._observer = None
 
     def outputs(self) -> Iterator[tuple[int, Tensor]]:
         """Run every batch to the end; yields (batch, output (rows, length, hidden))."""

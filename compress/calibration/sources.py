@@ -225,7 +225,7 @@ def texts(
         if value is not None:
             raise PlanError(f'a {path.suffix} file has no {key} "{value}"', where=source, fix=f"remove {key}")
     if not path.is_file():
-        raise PlanError("no such file", where=source, fix="correct the path; it is relative to the working directory")
+        raise PlanError("no such file", where=source, fix="correct the path; in a plan it is relative to the plan file")
     if _suffix(path) not in SUFFIXES:
         raise PlanError(f'"{path.suffix}" is not a kind of text file', where=source, fix=f"use {', '.join(SUFFIXES)}")
     return TextFile(path) if _suffix(path) == ".txt" else FileRows(path, column)

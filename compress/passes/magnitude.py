@@ -28,6 +28,8 @@ class Magnitude(PruningPass):
             raise SettingError("scope has no meaning with an N:M pattern: groups compete", "leave scope out")
         if self.count is not None and self.scope != "layer":
             raise SettingError("count counts the weights of a layer", 'write scope = "layer" with count')
+        if self.surveys() and any("sparsity" in t.overrides() and "scope" not in t.overrides() for t in self.where):
+            raise SettingError("a global sparsity cannot differ by linear", "except those linears; prune them in a second pass")
         return self
 
     def surveys(self) -> bool:

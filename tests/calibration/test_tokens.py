@@ -6,7 +6,7 @@ import json
 import logging
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,6 +18,9 @@ from compress.calibration.sources import texts
 from compress.calibration.tokens import TokenSet, build, eval_stream
 from compress.errors import PlanError, RunError
 from compress.plan import Calibration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 REFERENCE = Path(__file__).parents[2] / "examples" / "reference"
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -34,6 +37,14 @@ def load_tokenizer(pre_tokenizer: bool = True, appends_eos: bool = False) -> Any
         described["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [1], "tokens": ["</s>"]}
     backend = Tokenizer.from_str(json.dumps(described))
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=256)
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "words": load_tokenizer,
+    "no words": lambda: load_tokenizer(pre_tokenizer=False),
+    "appends eos": lambda: load_tokenizer(appends_eos=True),
+    "slow": ByT5Tokenizer,
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +85,27 @@ def test_a_prefix_gives_the_tokens_of_the_full_text(kind: str, seed: int, monkey
     """Every count up to the whole text, with a first guess so small that the prefix is grown and cut anywhere."""
     monkeypatch.setattr(tokens_module, "CHARACTERS_PER_TOKEN", 1)
     monkeypatch.setattr(tokens_module, "CHUNK", 37 + seed)
-    tokenizer = {
-        "words": load_tokenizer,
-        "no words": lambda: load_tokenizer(pre_tokenizer=False),
-        "appends eos": lambda: load_tokenizer(appends_eos=True),
-        "slow": ByT5Tokenizer,
-    }[kind]()
+    tokenizer = TOKENIZERS[kind]()
     text = some_text(seed, 600)
     full = ids_of(tokenizer, text)
     for count in [1, 2, *range(50 + seed, len(full), 151), len(full) - 1, len(full), len(full) + 5]:
         assert tokens_module._first_tokens(iter([text]), tokenizer, count, True) == full[:count], count
+
+
+@pytest.mark.parametrize("kind", ["words", "no words", "appends eos", "slow"])
+def test_settled_tokens_do_not_depend_on_the_cut(kind: str) -> None:
+    """Cut at 150 places: settled tokens begin the full tokenization, where the prefix's own tokens often do not."""
+    tokenizer = TOKENIZERS[kind]()
+    text = some_text(11, 800)
+    full = ids_of(tokenizer, text)
+    unsettled = 0
+    for cut in range(1500, 1650):
+        settled = tokens_module._settled(tokenizer, text[:cut], True)
+        assert settled == full[: len(settled)], cut
+        assert len(settled) > 200
+        plain = ids_of(tokenizer, text[:cut])
+        unsettled += plain != full[: len(plain)]
+    assert unsettled > 10
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, " " * 5000, "7" * 5000, "東" * 5000, "\n" * 5000, "ab " + " " * 5000])
@@ -225,12 +247,7 @@ def test_too_few_documents_are_counted(tokenizer: Any) -> None:
 @pytest.mark.parametrize("kind", ["words", "no words", "appends eos", "slow"])
 @pytest.mark.parametrize("text", ["", " ", "plain", "naïve 東京 😀 </s> done \n\n ", some_text(7, 400)])
 def test_byte_lengths_sum_to_the_bytes_of_the_text(kind: str, text: str) -> None:
-    tokenizer = {
-        "words": load_tokenizer,
-        "no words": lambda: load_tokenizer(pre_tokenizer=False),
-        "appends eos": lambda: load_tokenizer(appends_eos=True),
-        "slow": ByT5Tokenizer,
-    }[kind]()
+    tokenizer = TOKENIZERS[kind]()
     ids, lengths = eval_stream(text, tokenizer)
     assert ids.dtype == lengths.dtype == torch.int64
     assert ids.tolist() == ids_of(tokenizer, text)
@@ -266,7 +283,8 @@ def test_a_tokenizer_that_trims_white_space_still_covers_every_byte() -> None:
     assert lengths[0] == 0
 
 
-def test_long_text_raises_no_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_text_raises_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = load_tokenizer()  # a new one: the warning comes once per tokenizer
     text = some_text(3, 2000)
     transformers_log = logging.getLogger("transformers")
     transformers_log.addHandler(caplog.handler)

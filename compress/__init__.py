@@ -1,0 +1,70 @@
+"""compress: prune, quantize, repair and prove language models, from one plan.
+
+The Python API is the plan's own objects::
+
+    import compress
+    from compress.passes import SparseGPT
+
+    plan = compress.Plan(
+        model=compress.Model(path="examples/reference"),
+        calibration=compress.Calibration(source="self", samples=128, length=256),
+        run=compress.Run(output="out/reference"),
+        passes=[SparseGPT(pattern="2:4")],
+    )
+    report = compress.run(plan)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from compress.check import check_plan as check
+    from compress.errors import CompressError, ModelError, OutputError, PlanError, RunError
+    from compress.pipeline import run
+    from compress.plan import Calibration, Evaluate, Export, Model, Plan, Run, load_plan
+    from compress.report import Report, load_report
+
+_HOME = {
+    "check": ("compress.check", "check_plan"),
+    "run": ("compress.pipeline", "run"),
+    **{
+        name: ("compress.errors", name)
+        for name in ("CompressError", "ModelError", "OutputError", "PlanError", "RunError")
+    },
+    **{
+        name: ("compress.plan", name)
+        for name in ("Calibration", "Evaluate", "Export", "Model", "Plan", "Run", "load_plan")
+    },
+    **{name: ("compress.report", name) for name in ("Report", "load_report")},
+}
+__all__ = [
+    "Calibration",
+    "CompressError",
+    "Evaluate",
+    "Export",
+    "Model",
+    "ModelError",
+    "OutputError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "Run",
+    "RunError",
+    "check",
+    "load_plan",
+    "load_report",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch and transformers take seconds, `compress --help` should not."""
+    if name in _HOME:
+        from importlib import import_module
+
+        module, attribute = _HOME[name]
+        return getattr(import_module(module), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

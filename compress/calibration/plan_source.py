@@ -1,0 +1,79 @@
+"""The calibration set and the evaluation texts that a plan names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.calibration.self_generated import generate
+from compress.calibration.sources import file_digest, is_file, texts
+from compress.calibration.tokens import TokenSet, build
+from compress.errors import ModelError
+
+if TYPE_CHECKING:
+    from compress.lock import Lock
+
+SELF = "self"
+
+
+def located(source: str, folder: Path) -> str:
+    """A source as it can be opened: a file is looked for from `folder` on, a dataset's name stays."""
+    path = folder / Path(source).expanduser()
+    return str(path) if is_file(str(path)) and (path.exists() or is_file(source)) else source
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fix = "copy tokenizer.json and tokenizer_config.json of the model"
+        raise ModelError(f"no usable tokenizer: {reason}", where=str(directory), fix=fix) from None
+
+
+def source_digest(lock: Lock) -> str:
+    """What identifies the calibration data before it is read: a file's SHA-256, else the name of the source."""
+    settings = lock.plan.calibration
+    if settings is None or not lock.calibrated:
+        return "none"
+    source = located(settings.source, lock.plan.folder)
+    return file_digest(source) if settings.source != SELF and is_file(source) else settings.source
+
+
+def make_tokens(lock: Lock, device: torch.device) -> TokenSet:
+    """The calibration set of the plan. Raises PlanError when there is too little text."""
+    settings = lock.plan.calibration
+    assert settings is not None
+    tokenizer = load_tokenizer(lock.directory)
+    if settings.source == SELF:
+        return _sampled(lock, tokenizer, device)
+    documents = texts(
+        located(settings.source, lock.plan.folder),
+        name=settings.name,
+        split=settings.split,
+        column=settings.column,
+        default_split="train",
+    )
+    return build(settings, tokenizer, documents, lock.plan.source.where(("calibration",)))
+
+
+def _sampled(lock: Lock, tokenizer: Any, device: torch.device) -> TokenSet:
+    """Text sampled from the whole model, which is loaded for it and let go; the estimate counts that."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    settings = lock.plan.calibration
+    assert settings is not None
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        lock.directory,
+        dtype=torch.float32 if device.type == "cpu" else "auto",
+        trust_remote_code=lock.plan.model.trust_remote_code,
+        local_files_only=True,
+    ).to(device)
+    return generate(model, tokenizer, samples=settings.samples, length=settings.length, seed=settings.seed)

@@ -1,0 +1,211 @@
+"""The command line. ``compress plan.toml`` runs or resumes a plan; the other words read, check and measure.
+
+Exit codes: 0 done, 1 gate failed, 2 the plan is wrong, 3 the run failed, 130 interrupted (the journal is kept).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from compress import __version__
+from compress.errors import CompressError, PlanError, RunError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+app = App(
+    name="compress",
+    help="Prune, quantize, repair and prove a language model, from one plan.\n\ncompress PLAN.toml runs the plan, "
+    "or resumes it.",
+    version=__version__,
+    default_parameter=Parameter(negative=()),
+)
+out = Console()
+Json = Annotated[bool, Parameter(name="--json", help="print JSON")]
+
+
+@app.default
+def run_plan(plan: Path, /, *, restart: bool = False, overwrite: bool = False) -> None:
+    """Carry out a plan, or resume it where it was stopped.
+
+    Parameters
+    ----------
+    plan
+        The plan, a TOML file.
+    restart
+        Drop the journal of an unfinished run on the same output.
+    overwrite
+        Replace an output that an earlier run of compress wrote.
+    """
+    from compress.pipeline import run
+    from compress.plan import load_plan
+    from compress.progress import Progress
+    from compress.report import print_summary
+
+    loaded = load_plan(plan)
+    report = run(loaded, progress=Progress(out), restart=restart, overwrite=overwrite)
+    print_summary(report, out)
+    out.print(f"output {loaded.resolve(loaded.run.output)}", highlight=False, soft_wrap=True)
+    out.print(f"report {loaded.resolve(loaded.run.output) / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def check(plan: Path, /, *, as_json: Json = False) -> None:
+    """Compile a plan and print what it would do and cost, without reading a weight."""
+    from compress.check import check_plan, print_check
+    from compress.plan import load_plan
+
+    found = check_plan(load_plan(plan))
+    if as_json:
+        _print_json(found)
+    else:
+        print_check(found, out)
+
+
+@app.command
+def explain(plan: Path, layer: str, /, *, as_json: Json = False) -> None:
+    """Show each setting of one layer, and the line of the plan that gave it."""
+    from compress.lock import compile_plan
+    from compress.lock import explain as explain_layer
+    from compress.plan import load_plan
+
+    found = explain_layer(compile_plan(load_plan(plan)), layer)
+    if as_json:
+        _print_json(found)
+        return
+    out.print(f"{found['name']}  {found['shape'][0]} × {found['shape'][1]}  {found['dtype']}  block {found['block']}")
+    out.print(f"inputs shared with {', '.join(found['inputs_shared_with'])}", highlight=False)
+    for one in found["passes"]:
+        skipped = f"  skipped: {one['skipped']}" if "skipped" in one else ""
+        out.print(f"\npass[{one['pass']}] {one['use']}{skipped}", style="bold", highlight=False)
+        table = Table("setting", "value", "from", box=None)
+        for setting in one.get("settings", ()):
+            table.add_row(setting["key"], json.dumps(setting["value"]), setting["from"])
+        if "settings" in one:
+            out.print(table)
+
+
+@app.command(name="eval")
+def evaluate(
+    directory: Path,
+    /,
+    *,
+    text: tuple[str, ...],
+    window: int | None = None,
+    stride: int | None = None,
+    windows: int | None = None,
+    dense: Path | None = None,
+    special_tokens: Annotated[bool, Parameter(negative="--no-special-tokens")] = True,
+    device: str = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a model directory, and its divergence to the dense model.
+
+    Parameters
+    ----------
+    directory
+        An emitted directory, or any model in safetensors.
+    text
+        A text file or a hub dataset; can be given several times.
+    window
+        Tokens per window; default: the model's context, 2048 at most.
+    stride
+        Tokens between windows; default: the window.
+    windows
+        Only the first so many.
+    dense
+        The model that it came from, to compare with.
+    """
+    from pydantic import ValidationError
+
+    from compress.evals.perplexity import evaluate as measure
+    from compress.plan import Evaluate
+
+    if not directory.is_dir():
+        raise PlanError("no such directory", where=str(directory), fix="give the output of a run")
+    try:
+        settings = Evaluate(
+            perplexity=text, window=window, stride=stride, windows=windows, special_tokens=special_tokens
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PlanError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", fix="correct the option") from None
+    import torch
+
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    lines = measure(directory, settings, dense=dense, device=torch.device(chosen))
+    if as_json:
+        _print_json([line.model_dump(mode="json") for line in lines])
+        return
+    from compress.check import print_evaluation
+
+    print_evaluation(lines, out)
+
+
+@app.command
+def report(directory: Path, /, *, as_json: Json = False) -> None:
+    """Print the report of an output directory again."""
+    from compress.report import load_report, print_summary
+
+    found = load_report(directory)
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        print_summary(found, out)
+        out.print(f"report {directory / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def schema() -> None:
+    """Print the JSON Schema of a plan, for editors."""
+    from compress.plan import json_schema
+
+    _print_json(json_schema())
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command's entry point; returns its exit code."""
+    errors = Console(stderr=True)
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        errors.print("fix: see compress --help", highlight=False, markup=False)
+        return 2
+    except CompressError as error:
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        errors.print("interrupted; what was finished is in the journal, the same command resumes it", style="red")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, MemoryError) as error:
+        problem = RunError(str(error) or type(error).__name__, fix="free the resource and run the same command again")
+        errors.print(f"error: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return problem.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0

@@ -1,0 +1,243 @@
+"""What a run will cost: peak memory by phase, time, disk; and the choice of where activations live.
+
+Memory is counted from the shapes in the lock: what is alive at once in each phase. The result of a run never depends
+on the choice made here, only its speed: activations in memory or on disk, forwards paused or run anew.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.calibration.moments import Statistics
+from compress.errors import PlanError
+from compress.report import human_bytes
+from compress.walk import batch_rows
+
+if TYPE_CHECKING:
+    from compress.lock import Linear, Lock
+
+LATER_IMPORTS = 60 << 20  # tokenizer, report and data libraries that are imported after the estimate is made
+HEAD_BYTES = 64 << 20  # logits held at once while scoring; see compress.evals.perplexity
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a run goes about it. `keep`: activations in memory too; `pause`: forwards wait between subsets."""
+
+    device: torch.device
+    dtype: torch.dtype
+    keep: bool
+    pause: bool
+    memory: dict[str, int]  # peak bytes of each phase
+
+    @property
+    def peak(self) -> int:
+        """The largest phase."""
+        return max(self.memory.values())
+
+
+def find_device(lock: Lock) -> torch.device:
+    """The device of the plan. Raises PlanError when it is not there."""
+    name = lock.plan.run.device
+    where = lock.plan.source.where(("run", "device"))
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise PlanError(f'"{name}" is no device', where=where, fix='use "auto", "cpu", "cuda" or "cuda:0"') from None
+    if device.type not in ("cpu", "cuda"):
+        raise PlanError(f'device "{name}" is not supported', where=where, fix='use "auto", "cpu" or "cuda"')
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PlanError("torch finds no CUDA device", where=where, fix='use device = "auto" or "cpu"')
+    return device
+
+
+def choose_mode(lock: Lock) -> Mode:
+    """The fastest way that fits the plan's `memory`, or the machine's when the plan gives none.
+
+    Raises:
+        PlanError: even the leanest way needs more than the plan allows.
+    """
+    device = find_device(lock)
+    dtype = torch.float32 if device.type == "cpu" else getattr(torch, str(lock.linears[0].dtype).lower(), torch.float32)
+    dtype = (
+        {"F16": torch.float16, "BF16": torch.bfloat16}.get(lock.linears[0].dtype, dtype)
+        if dtype != torch.float32
+        else dtype
+    )
+    allowed = lock.plan.run.memory
+    limit = int(allowed) if allowed else int(0.9 * _available(device))
+    modes = [
+        Mode(device, dtype, k, p, memory(lock, keep=k, pause=p))
+        for k, p in ((True, True), (True, False), (False, False))
+    ]
+    for mode in modes:
+        if mode.peak <= limit:
+            return mode
+    leanest = modes[-1]
+    if not allowed:
+        return leanest
+    phase = max(leanest.memory, key=lambda name: leanest.memory[name])
+    raise PlanError(
+        f"the run needs {human_bytes(leanest.peak)} ({phase}), more than memory = {human_bytes(limit)}",
+        where=lock.plan.source.where(("run", "memory")),
+        fix="allow more memory, or calibrate on fewer or shorter samples",
+    )
+
+
+def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
+    """Peak bytes of each phase of a run on the CPU (on a GPU the same tensors lie on the device)."""
+    skeleton, tensors = lock.skeleton, lock.checkpoint.tensors
+    base = resident_memory() + LATER_IMPORTS
+    sizes = {name: tensors[stored].bytes for name, stored in skeleton.stored.items()}
+    counts = {name: sizes[name] // tensors[stored].torch_dtype.itemsize for name, stored in skeleton.stored.items()}
+    light = sum(4 * counts[n] for n in skeleton.outside if n not in (skeleton.embedding, skeleton.head))
+    embedding = 4 * counts[skeleton.embedding] + sizes[skeleton.embedding]
+    head = 4 * counts[skeleton.head] + sizes[skeleton.head]
+    block = max(sum(4 * counts[n] for n in skeleton.block_parameters(i)) for i in range(lock.blocks))
+    largest = max((linear for linear in lock.linears if linear.passes), key=lambda linear: linear.weights)
+    widest = max(max(linear.in_features, linear.out_features) for linear in lock.linears)
+    batch = _batch_tokens(lock)
+    forward = 4 * batch * (4 * skeleton.width + 3 * widest)
+    kept = sum(sizes[f"{lin.name}.weight"] + lin.weights // 8 for lin in lock.in_block(0) if lin.passes)
+    flow = _flow(lock, keep=keep, pause=pause)
+    # float32 dense, current and solved weight, scores, and the int64 order of a sort
+    solve = 32 * largest.weights
+    gram = max((20 * n.in_features**2 for n in lock.linears if _statistics(lock, n) is Statistics.GRAM), default=0)
+    phases = {"blocks": base + light + block + kept + flow + max(forward, solve + gram)}
+    if lock.calibrated:
+        phases["embedding"] = base + light + embedding + flow
+    if lock.plan.calibration and lock.plan.calibration.source == "self":
+        phases["self-calibration"] = base + 4 * sum(counts.values()) + 2 * sizes[skeleton.embedding] + forward
+    phases["verification"] = base + kept + 4 * largest.weights
+    if lock.plan.evaluate and lock.plan.evaluate.perplexity:
+        models = 2 if lock.plan.evaluate.divergence else 1
+        scoring = models * head + 8 * HEAD_BYTES
+        phases["evaluation"] = base + models * light + max(embedding, block + forward, scoring)
+    return phases
+
+
+def _flow(lock: Lock, *, keep: bool, pause: bool) -> int:
+    """Bytes of activations alive at once during a sweep."""
+    calibration = lock.plan.calibration
+    if not lock.calibrated or calibration is None:
+        return 0
+    width = lock.skeleton.width
+    tokens = calibration.samples * calibration.length if keep else 2 * _batch_tokens(lock)
+    waiting = width + max(linear.in_features for linear in lock.linears) if pause else 0
+    return 4 * tokens * (width + waiting)
+
+
+def _batch_tokens(lock: Lock) -> int:
+    calibration = lock.plan.calibration
+    if calibration is None:
+        return 0
+    return max(batch_rows(calibration.samples, calibration.length, find_device(lock))) * calibration.length
+
+
+def _statistics(lock: Lock, linear: Linear) -> Statistics:
+    return max(lock.statistics(linear, sweep) for sweep in range(len(lock.sweeps)))
+
+
+def seconds(lock: Lock, mode: Mode) -> float:
+    """A rough time for the sweeps: multiplications over the speed of a matrix product measured now, and the reading."""
+    speed = _speed(mode.device)
+    calibration = lock.plan.calibration
+    tokens = calibration.samples * calibration.length if calibration and lock.calibrated else 0
+    work = 0.0
+    for sweep in range(len(lock.sweeps)):
+        stops = {(n.block, n.subset): n for n in lock.linears if lock.statistics(n, sweep)}
+        per_block = len(stops) / lock.blocks
+        forwards = 1.0 if mode.pause else 1.0 + per_block / 2
+        work += forwards * 2.0 * tokens * sum(n.weights for n in lock.linears)
+        for linear in stops.values():
+            gram = lock.statistics(linear, sweep) is Statistics.GRAM
+            work += (tokens * 1.3 * linear.in_features**2 + 2.0 * linear.in_features**3) if gram else 0.0
+        for linear in lock.linears:
+            if lock.statistics(linear, sweep) is Statistics.GRAM:
+                work += 8.0 * linear.weights * linear.in_features
+    data = sum(lock.checkpoint.sizes.values()) * (len(lock.sweeps) + 2)
+    return 1.6 * work / speed + data / 1e9 + 0.5  # norms, attention and the like: 1.6 measured on the reference model
+
+
+def _speed(device: torch.device) -> float:
+    """Floating-point operations per second of a float32 matrix product here and now."""
+    a = torch.randn(1024, 1024, device=device)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        for _ in range(2):
+            a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - began) / 2)
+    return 2.0 * 1024**3 / best
+
+
+def disk_bytes(lock: Lock) -> int:
+    """Bytes needed beside the output while the run is under way: journal, activations and the output itself."""
+    blocks = sum(lock.checkpoint.tensors[n.stored].bytes + n.weights // 8 for n in lock.linears if n.passes)
+    calibration = lock.plan.calibration
+    flow = 8 * calibration.samples * calibration.length * lock.skeleton.width if calibration and lock.calibrated else 0
+    return lock.output_bytes + blocks * len(lock.sweeps) + flow
+
+
+def check_disk(lock: Lock) -> None:
+    """Refuse a run that will not fit the disk of its output. Raises PlanError."""
+    folder = lock.plan.resolve(lock.plan.run.output).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < disk_bytes(lock):
+        raise PlanError(
+            f"the run needs {human_bytes(disk_bytes(lock))} on the disk of its output, {human_bytes(free)} are free",
+            where=lock.plan.source.where(("run", "output")),
+            fix="free some space, or choose an output on another disk",
+        )
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return _status("VmRSS") or peak_memory(torch.device("cpu"))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The largest number of bytes in memory since `reset_peak_memory`, or since the process began."""
+    peak = _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return max(peak, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak
+
+
+def reset_peak_memory() -> None:
+    """Start `peak_memory` anew, where the system allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that the machine can still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + resident_memory()
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        free = 4 << 30
+    return free + resident_memory()

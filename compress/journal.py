@@ -1,0 +1,238 @@
+"""Crash safety: a work directory beside the output, and a journal of what in it is complete.
+
+``.NAME.compress`` stands beside the output ``NAME`` and becomes it only by one final rename. Each journal line carries
+its own checksum and names the files it vouches for with theirs; files are synced before the line that names them, so
+a kill, a full disk or a power cut leaves a prefix of the run, never a lie. A line that is torn or damaged ends the
+journal there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Entry = dict[str, Any]
+
+
+class Workspace:
+    """The work directory of one output, locked for one process."""
+
+    def __init__(self, output: Path) -> None:
+        """Create or reopen the work directory, and lock it.
+
+        Raises:
+            OutputError: it cannot be created, or another run holds it.
+        """
+        self.output = output
+        self.directory = output.parent / f".{output.name}.compress"
+        self.staging = self.directory / "output"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = self._acquire()
+        except OSError as error:
+            raise OutputError(
+                f"cannot write beside the output: {error.strerror or error}",
+                where=str(output),
+                fix="choose an output on a disk that can be written",
+            ) from None
+        self._entries: list[Entry] = list(self._read())
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._pending: Future[None] | None = None
+
+    def _acquire(self) -> int:
+        """Lock ``lock``; a file that vanished meanwhile (the other run ended) is created anew."""
+        path = self.directory / "lock"
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(handle, 32).decode(errors="replace").strip()
+                os.close(handle)
+                raise OutputError(
+                    f"another run (process {holder or 'unknown'}) is writing this output",
+                    where=str(self.output),
+                    fix="wait for it, stop it, or choose another output",
+                ) from None
+            if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()}\n".encode())
+                return handle
+            os.close(handle)
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    # --------------------------------------------------------------- reading
+
+    @property
+    def _journal(self) -> Path:
+        return self.directory / "journal.jsonl"
+
+    def _read(self) -> Iterator[Entry]:
+        """The lines up to the first damaged one, which is cut off with all that follows."""
+        if not self._journal.exists():
+            return
+        good = 0
+        with self._journal.open("rb") as file:
+            for line in file:
+                digest, _, payload = line.rstrip(b"\n").partition(b" ")
+                if not line.endswith(b"\n") or digest.decode(errors="replace") != _checksum(payload):
+                    break
+                good += len(line)
+                yield json.loads(payload)
+        if good < self._journal.stat().st_size:
+            os.truncate(self._journal, good)
+
+    def entries(self, kind: str, **wanted: Any) -> list[Entry]:
+        """The lines of one kind that have these values, in order."""
+        return [e for e in self._entries if e["kind"] == kind and all(e.get(k) == v for k, v in wanted.items())]
+
+    def identify(self, identity: dict[str, Any], plan: dict[str, Any]) -> bool:
+        """Start the journal of this run, or check that the one found is of this run. True when it resumes.
+
+        Raises:
+            OutputError: the journal is of another plan, model, data or version; it is named and left alone.
+        """
+        begun = self.entries("begin")
+        if not begun:
+            self.append({"kind": "begin", "identity": identity, "plan": plan})
+            return False
+        other = begun[0]["identity"]
+        different = [name for name in identity if other.get(name) != identity[name]]
+        if different:
+            name = different[0]
+            detail = (
+                _difference(begun[0]["plan"], plan) if name == "plan" else f"{other.get(name)}, now {identity[name]}"
+            )
+            raise OutputError(
+                f"holds the journal of a run with another {name} ({detail})",
+                where=str(self.directory),
+                fix="finish that run with what it began with, choose another output, or start over with --restart",
+            )
+        return True
+
+    # --------------------------------------------------------------- writing
+
+    def append(self, entry: Entry, *, files: tuple[Path, ...] = (), obsolete: tuple[Path, ...] = ()) -> None:
+        """Commit a line now: sync `files`, write and sync the line, delete what it makes `obsolete`."""
+        self.flush()
+        self._commit(entry, files, obsolete)
+        self._entries.append(entry)
+
+    def append_later(self, entry: Entry, *, files: tuple[Path, ...] = (), obsolete: tuple[Path, ...] = ()) -> None:
+        """Like `append`, while the caller goes on; at most one line is under way, and its failure shows at the next."""
+        self.flush()
+        self._pending = self._writer.submit(self._commit, entry, files, obsolete)
+        self._entries.append(entry)
+
+    def flush(self) -> None:
+        """Wait until every line is on disk."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _commit(self, entry: Entry, files: tuple[Path, ...], obsolete: tuple[Path, ...]) -> None:
+        for file in files:
+            sync(file)
+        if files:
+            sync(self.directory)
+        payload = json.dumps(entry, sort_keys=True).encode()
+        with self._journal.open("ab") as journal:
+            journal.write(_checksum(payload).encode() + b" " + payload + b"\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+        for file in obsolete:
+            file.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Drop the journal and every file: the run starts over."""
+        self.flush()
+        for path in self.directory.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._entries.clear()
+
+    def forget_sweep(self, sweep: int) -> None:
+        """Drop a sweep and those after it, because a file it needs is damaged."""
+        self.flush()
+        kept = [e for e in self._entries if e.get("sweep", -1) < sweep]
+        fresh = self.directory / "journal.fresh"
+        with fresh.open("wb") as journal:
+            for entry in kept:
+                payload = json.dumps(entry, sort_keys=True).encode()
+                journal.write(_checksum(payload).encode() + b" " + payload + b"\n")
+        sync(fresh)
+        fresh.replace(self._journal)
+        self._entries = kept
+
+    def publish(self) -> None:
+        """Make the staged directory the output, by a rename, and remove the work directory."""
+        self.flush()
+        for path in self.staging.rglob("*"):
+            sync(path)
+        sync(self.staging)
+        old = self.directory / "replaced"
+        if self.output.exists() and any(self.output.iterdir()):
+            self.output.rename(old)
+        self.staging.rename(self.output)
+        sync(self.output.parent)
+        self.close()
+        shutil.rmtree(self.directory)
+
+    def close(self) -> None:
+        """Release the lock; the work directory stays for the next run."""
+        self._writer.shutdown(wait=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def discard_if_empty(self) -> None:
+        """Remove the work directory of a run that failed before it did anything."""
+        if not self._entries:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Fsync a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_checksum(path: Path) -> str | None:
+    """SHA-256 of a file, None if it is not there."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()[:16]
+
+
+def _difference(there: Any, here: Any, path: str = "") -> str:
+    """The first place where two plans differ, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted({*there, *here}):
+            if there.get(key) != here.get(key):
+                return _difference(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
+    if isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for index, (old, new) in enumerate(zip(there, here, strict=True)):
+            if old != new:
+                return _difference(old, new, f"{path}[{index}]")
+    if isinstance(there, list) and isinstance(here, list):
+        return f"{path} has {len(there)} entries there, {len(here)} here"
+    return f"{path} is {there!r} there, {here!r} here"

@@ -1,0 +1,360 @@
+"""Plan + config.json + safetensors headers -> Lock: every linear, its passes and settings, every output byte.
+
+Nothing here reads a weight. What the plan cannot mean is refused here: patterns that match nothing, shapes that a
+setting does not fit, passes in an order that would break what an earlier one promised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import __version__
+from compress.architecture import architecture_for
+from compress.checkpoint import Checkpoint, Shard, Slot, index_text, lay_out
+from compress.errors import ModelError, PlanError, nearest
+from compress.hub import config_digest, find_model, load_config
+from compress.passes.base import Invariant, LinearPass, Pass, SettingError, Statistics, matches
+from compress.stream import Skeleton
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from compress.plan import Plan, Source
+
+# The rules of composition (DESIGN section 6). A pass names the rule that places it; what it may not break is what
+# earlier passes established and it does not preserve.
+RULES: dict[int, tuple[str, str]] = {
+    1: ("rewrites that preserve the function work on dense, unquantized weights", "move the rewrite to the front"),
+    2: ("structured pruning comes before any mask or grid", "move it before the pass that makes the mask or grid"),
+    3: ("a mask is chosen before weights are put on a grid", "prune first, then quantize"),
+    4: ("recovery keeps the mask; a LoRA is never merged after a mask or a grid exists", "use a variant that keeps it"),
+    5: ("quantization respects the mask, and comes after weights stop moving", "move the quantizer after that pass"),
+    6: ("scales are trained with codes and mask fixed, so there must be a grid", "put a quantizer before it"),
+    7: ("compensation comes last, on frozen weights", "move it to the end"),
+    8: ("packing reads mask and codes", "export after all passes"),
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a block, and what will be done to it."""
+
+    name: str
+    stored: str  # the checkpoint's name of its weight
+    block: int
+    subset: int
+    out_features: int
+    in_features: int
+    transposed: bool
+    dtype: str
+    passes: tuple[tuple[int, Pass], ...]  # (index in the plan, settings for this linear)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Lock:
+    """The compiled plan."""
+
+    plan: Plan
+    directory: Path
+    checkpoint: Checkpoint
+    config: Any
+    skeleton: Skeleton
+    linears: tuple[Linear, ...]
+    sweeps: tuple[tuple[int, ...], ...]  # indices of the passes that share a walk over the blocks
+    shards: tuple[Shard, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.skeleton.blocks)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any pass needs activations."""
+        return any(self.statistics(linear, sweep) for linear in self.linears for sweep in range(len(self.sweeps)))
+
+    def in_block(self, block: int) -> list[Linear]:
+        """The linears of a block, in the order in which it runs them."""
+        return [linear for linear in self.linears if linear.block == block]
+
+    def passes(self, linear: Linear, sweep: int) -> list[tuple[int, LinearPass]]:
+        """What one sweep does to a linear."""
+        return [(i, p) for i, p in linear.passes if i in self.sweeps[sweep] and isinstance(p, LinearPass)]
+
+    def statistics(self, linear: Linear, sweep: int) -> Statistics:
+        """The statistics that a sweep needs of a linear's input."""
+        return max((p.needed() for _, p in self.passes(linear, sweep)), default=Statistics.NONE)
+
+    @property
+    def output_bytes(self) -> int:
+        """Exact bytes of the weights to be written, headers and index included."""
+        return sum(shard.bytes for shard in self.shards) + len((index_text(list(self.shards)) or "").encode())
+
+    def to_json(self) -> dict[str, Any]:
+        """The lock as it is written beside the weights; equal locks give equal bytes."""
+        return {
+            "lock_version": 1,
+            "compress_version": __version__,
+            "plan": self.plan.canonical(),
+            "model": {
+                "architecture": self.config.model_type,
+                "config": config_digest(self.directory),
+                "headers": self.checkpoint.digest(),
+                "bytes": sum(self.checkpoint.sizes.values()),
+            },
+            "sweeps": [list(sweep) for sweep in self.sweeps],
+            "linears": [
+                {
+                    "name": linear.name,
+                    "tensor": linear.stored,
+                    "block": linear.block,
+                    "subset": linear.subset,
+                    "shape": [linear.out_features, linear.in_features],
+                    "dtype": linear.dtype,
+                    "passes": [{"pass": index, "use": p.use()} | p.settings() for index, p in linear.passes],
+                }
+                for linear in self.linears
+            ],
+            "files": [{"name": shard.file, "bytes": shard.bytes, "tensors": len(shard.slots)} for shard in self.shards],
+            "output_bytes": self.output_bytes,
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the lock."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def compile_plan(plan: Plan) -> Lock:
+    """Compile a plan against the headers of its model.
+
+    Raises:
+        PlanError: the plan asks for something impossible of this model.
+        ModelError: the model cannot be used.
+    """
+    directory = find_model(plan.model, plan.folder, plan.source.where(("model", "path")))
+    config = load_config(directory, trust_remote_code=plan.model.trust_remote_code)
+    architecture = architecture_for(config.model_type)
+    checkpoint = Checkpoint(directory)
+    skeleton = Skeleton(checkpoint, config, architecture, trust_remote_code=plan.model.trust_remote_code)
+    bare = list(_block_linears(skeleton))
+    check_patterns(plan, [linear.name for linear in bare], architecture.head)
+    linears = tuple(_with_passes(linear, plan) for linear in bare)
+    check_order(plan, linears)
+    sweeps = _sweeps(plan)
+    slots = [Slot(t.name, t.dtype, t.shape) for t in _in_model_order(skeleton)]
+    shards = tuple(lay_out(slots, int(plan.exports[0].shard_size)))
+    warnings = tuple(_warnings(plan, skeleton))
+    lock = Lock(plan, directory, checkpoint, config, skeleton, linears, sweeps, shards, warnings)
+    _check_calibration(lock)
+    return lock
+
+
+def _block_linears(skeleton: Skeleton) -> Iterator[Linear]:
+    """Every linear of every block, without passes, in the order in which the model runs them."""
+    architecture = skeleton.architecture
+    for index in range(len(skeleton.blocks)):
+        for subset, names in enumerate(architecture.subsets):
+            for name in names:
+                full = skeleton.prefix(index) + name
+                stored = skeleton.stored.get(f"{full}.weight")
+                if stored is None:
+                    raise ModelError(
+                        f"{full}.weight is missing",
+                        where=str(skeleton.checkpoint.directory),
+                        fix=f"the model is not a plain {skeleton.config.model_type}",
+                    )
+                info = skeleton.checkpoint.tensors[stored]
+                transposed = name in architecture.transposed
+                rows, columns = info.shape[::-1] if transposed else info.shape
+                yield Linear(full, stored, index, subset, rows, columns, transposed, info.dtype, ())
+
+
+def _with_passes(linear: Linear, plan: Plan) -> Linear:
+    chosen: list[tuple[int, Pass]] = []
+    for index, one in enumerate(plan.passes):
+        if not one.targets(linear.name):
+            continue
+        bare = one.for_linear(linear.name)
+        try:
+            bare.check_shape(linear.out_features, linear.in_features)
+        except SettingError as error:
+            where = plan.source.where(("pass", index))
+            raise PlanError(f"{linear.name}: {error}", where=where, fix=error.fix) from None
+        chosen.append((index, bare))
+    return Linear(**{**vars(linear), "passes": tuple(chosen)})
+
+
+def check_patterns(plan: Plan, names: list[str], head: str) -> None:
+    """Every glob must match something, and every pass must have something to do."""
+    for index, one in enumerate(plan.passes):
+        targets = [name for name in names if one.targets(name)]
+        for pattern in one.match:
+            if matches(head, (pattern,)) and not any(matches(name, (pattern,)) for name in names):
+                raise PlanError(
+                    f'"{pattern}" is the output head, which is in no decoder block; passes work on blocks',
+                    where=plan.source.where(("pass", index, "match")),
+                    fix="leave the head dense",
+                )
+            _must_match(pattern, names, plan.source, ("pass", index, "match"))
+        for pattern in one.except_:
+            _must_match(pattern, [*names, head], plan.source, ("pass", index, "except"))
+        for number, table in enumerate(one.where):
+            for pattern in table.match:
+                _must_match(pattern, targets, plan.source, ("pass", index, "where", number, "match"))
+        if not targets:
+            raise PlanError("excepts every linear", where=plan.source.where(("pass", index)), fix="remove an except")
+
+
+def _must_match(pattern: str, names: list[str], source: Source, location: tuple[str | int, ...]) -> None:
+    if any(matches(name, (pattern,)) for name in names):
+        return
+    leaf = {name.rsplit(".", 1)[-1]: f"*.{name.rsplit('.', 1)[-1]}" for name in names}
+    close = nearest(pattern.rsplit(".", 1)[-1], leaf) or nearest(pattern, names)
+    some = ", ".join(list(dict.fromkeys(leaf.values()))[:8])
+    raise PlanError(
+        f'"{pattern}" matches no linear{close}', where=source.where(location), fix=f"patterns that match: {some}"
+    )
+
+
+def check_order(plan: Plan, linears: Iterable[Linear]) -> None:
+    """Refuse passes that break what an earlier one established, or lack what they require, on any one linear."""
+    checked: set[tuple[int, ...]] = set()
+    for linear in linears:
+        key = tuple(index for index, _ in linear.passes)
+        if key in checked and not any(one.where for one in plan.passes):
+            continue
+        checked.add(key)
+        established: dict[Invariant, int] = {}
+        for index, one in linear.passes:
+            missing = one.requires - set(established)
+            broken = set(established) - one.preserves
+            if missing or broken:
+                raise _out_of_order(plan, linear, index, one, established, missing, broken)
+            established |= dict.fromkeys(one.provides(), index)
+
+
+def _out_of_order(
+    plan: Plan,
+    linear: Linear,
+    index: int,
+    one: Pass,
+    established: dict[Invariant, int],
+    missing: set[Invariant] | frozenset[Invariant],
+    broken: set[Invariant],
+) -> PlanError:
+    rule, fix = RULES[one.rule]
+    if missing:
+        needs = " and ".join(sorted(missing))
+        problem = f"{one.use()} needs a {needs}, which no earlier pass makes for {linear.name}"
+    else:
+        what = sorted(broken)[0]
+        earlier = established[what]
+        problem = f"{one.use()} would break the {what} that pass[{earlier}] {plan.passes[earlier].use()} makes"
+        problem += f" for {linear.name}"
+    return PlanError(f"{problem}; rule {one.rule}: {rule}", where=plan.source.where(("pass", index)), fix=fix)
+
+
+def _sweeps(plan: Plan) -> tuple[tuple[int, ...], ...]:
+    """Consecutive local passes share a sweep; one that surveys the whole model first begins a new one."""
+    sweeps: list[list[int]] = [[]]
+    for index, one in enumerate(plan.passes):
+        if not isinstance(one, LinearPass):
+            where = plan.source.where(("pass", index))
+            raise PlanError(f"{one.use()} is not a local pass", where=where, fix="derive it from LinearPass")
+        surveys = one.surveys() or any(one.with_settings(table.overrides()).surveys() for table in one.where)
+        if surveys and sweeps[-1]:
+            sweeps.append([])
+        sweeps[-1].append(index)
+    return tuple(tuple(sweep) for sweep in sweeps)
+
+
+def _in_model_order(skeleton: Skeleton) -> Iterator[Any]:
+    """Stored tensors as files will hold them: what is outside the blocks, then block by block."""
+    tensors = skeleton.checkpoint.tensors
+    by_stored = {stored: name for name, stored in skeleton.stored.items()}
+    prefix = f"{skeleton.architecture.blocks}."
+
+    def key(stored: str) -> tuple[int, str]:
+        name = by_stored.get(stored, stored)
+        inside = name.startswith(prefix)
+        return (int(name.removeprefix(prefix).split(".")[0]) if inside else -1, stored)
+
+    yield from (tensors[stored] for stored in sorted(tensors, key=key))
+
+
+def _check_calibration(lock: Lock) -> None:
+    plan = lock.plan
+    context = getattr(lock.config, "max_position_embeddings", None)
+    if lock.calibrated and plan.calibration is None:
+        index = next(i for lin in lock.linears for i, p in lin.passes if isinstance(p, LinearPass) and p.needed())
+        raise PlanError(
+            f"{plan.passes[index].use()} needs calibration data",
+            where=plan.source.where(("pass", index)),
+            fix='add [calibration] with source = a text file, a hub dataset or "self"',
+        )
+    for table, key in (("calibration", "length"), ("evaluate", "window")):
+        value = getattr(getattr(plan, table), key, None)
+        if context and value and value > context:
+            raise PlanError(
+                f"{key} {value} is more than the model's context of {context}",
+                where=plan.source.where((table, key)),
+                fix=f"{key} = {context} or less",
+            )
+
+
+def _warnings(plan: Plan, skeleton: Skeleton) -> Iterator[str]:
+    if "/" in plan.model.path and not plan.resolve(plan.model.path).is_dir() and plan.model.revision is None:
+        yield "the hub model has no revision: the lock is not reproducible"
+    if skeleton.extra:
+        count = len(skeleton.extra)
+        yield f"{count} stored tensors are unknown to the model and copied as they are: {skeleton.extra[0]}"
+
+
+def explain(lock: Lock, name: str) -> dict[str, Any]:
+    """Each setting of one layer, and the line of the plan that gave it. Raises PlanError for an unknown layer."""
+    names = [linear.name for linear in lock.linears]
+    if name not in names:
+        fix = f"layers are named like {names[0]}"
+        raise PlanError(f'no linear "{name}"{nearest(name, names)}', where=lock.plan.source.name, fix=fix)
+    linear = lock.linears[names.index(name)]
+    passes = []
+    for index, one in enumerate(lock.plan.passes):
+        line = lock.plan.source.line(("pass", index))
+        entry: dict[str, Any] = {"pass": index, "use": one.use(), "line": line}
+        resolved = dict(linear.passes).get(index)
+        if resolved is None:
+            entry["skipped"] = "an except pattern matches" if matches(name, one.except_) else "no match pattern matches"
+        else:
+            given = resolved.settings().items()
+            entry["settings"] = [_given(lock.plan, index, key, value, name) for key, value in given]
+        passes.append(entry)
+    return {
+        "name": linear.name,
+        "tensor": linear.stored,
+        "block": linear.block,
+        "inputs_shared_with": [other.name for other in lock.in_block(linear.block) if other.subset == linear.subset],
+        "shape": [linear.out_features, linear.in_features],
+        "dtype": linear.dtype,
+        "passes": passes,
+    }
+
+
+def _given(plan: Plan, index: int, key: str, value: Any, name: str) -> dict[str, Any]:
+    """Where a setting of a layer comes from: the last `where` that matches, the pass's table, or the default."""
+    one = plan.passes[index]
+    location: tuple[str | int, ...] | None = ("pass", index, key) if key in one.model_fields_set else None
+    for number, table in enumerate(one.where):
+        if matches(name, table.match) and key in table.overrides():
+            location = ("pass", index, "where", number, key)
+    source = "default" if location is None else plan.source.where(location).split(": ")[0]
+    return {"key": key, "value": value, "from": source}

@@ -1,0 +1,174 @@
+"""From a finished sweep to a report: what identifies a run, what it measured, and the files that tell of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress import __version__
+from compress.calibration.plan_source import source_digest
+from compress.card import write_card
+from compress.estimate import peak_memory
+from compress.evals.perplexity import evaluate
+from compress.hub import config_digest
+from compress.report import (
+    BlockLine,
+    CalibrationInfo,
+    Environment,
+    EvaluationLine,
+    LedgerLine,
+    ModelInfo,
+    OutputInfo,
+    PassSummary,
+    Report,
+    VerifiedInfo,
+    write_report,
+)
+from compress.state import unpack_bits
+
+if TYPE_CHECKING:
+    from compress.export.huggingface import FinalTensors
+    from compress.lock import Lock
+    from compress.pipeline import _Run
+
+
+def identity(lock: Lock) -> dict[str, str]:
+    """What a journal must agree on to be resumed, by the name a refusal gives it."""
+    plan = json.dumps(lock.plan.canonical(), sort_keys=True)
+    model = config_digest(lock.directory) + lock.checkpoint.digest()
+    return {
+        "plan": hashlib.sha256(plan.encode()).hexdigest(),
+        "model": hashlib.sha256(model.encode()).hexdigest(),
+        "data": source_digest(lock),
+        "version": f"compress {__version__}, torch {torch.__version__}, transformers {version('transformers')}",
+    }
+
+
+def assemble(run: _Run, verified: VerifiedInfo, tensors: FinalTensors) -> Report:
+    """Count, evaluate the staged directory, and put together the report."""
+    lock, work = run.lock, run.work
+    ledger = [LedgerLine(**line) for entry in work.entries("block") for line in entry["ledger"]]
+    blocks = [BlockLine(**entry["line"]) for entry in work.entries("block")]
+    parameters, nonzero, sparsity = _counts(lock, tensors)
+    evaluation = _evaluate(run)
+    run.progress.end_phase()
+    plan, settings = lock.plan, lock.plan.calibration
+    source = sum(info.bytes for info in lock.checkpoint.tensors.values())
+    return Report(
+        compress_version=__version__,
+        model=ModelInfo(path=plan.model.path, architecture=lock.config.model_type, parameters=parameters, bytes=source),
+        output=OutputInfo(
+            path=work.output.name,
+            bytes=lock.output_bytes,
+            parameters=parameters,
+            nonzero_parameters=nonzero,
+            linear_sparsity=sparsity,
+        ),
+        environment=environment(run.mode.device),
+        calibration=CalibrationInfo(
+            source=settings.source,
+            samples=len(run.tokens.ids),
+            length=run.tokens.ids.shape[1],
+            tokens=run.tokens.tokens,
+            digest=run.tokens.digest,
+        )
+        if settings and run.tokens
+        else None,
+        passes=tuple(_summary(lock, index, ledger) for index in range(len(plan.passes))),
+        linears=tuple(ledger),
+        blocks=tuple(blocks),
+        evaluation=evaluation,
+        phases=dict(run.progress.phases),
+        peak_memory_bytes=peak_memory(run.mode.device),
+        estimated_memory_bytes=run.mode.peak,
+        resumed=run.resumed,
+        warnings=lock.warnings,
+        plan_toml=plan.source.text,
+        verified=verified,
+    )
+
+
+def environment(device: torch.device) -> Environment:
+    """What the run ran on."""
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        platform=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def publish_report(run: _Run, report: Report) -> None:
+    """Write report and model card into the staged directory."""
+    write_report(report, run.work.staging)
+    write_card(report, run.work.staging, run.lock.plan.model.path, _license(run.lock.directory))
+
+
+def _license(directory: Path) -> str | None:
+    """The license that the source's own card declares."""
+    from huggingface_hub import ModelCard
+
+    path = directory / "README.md"
+    if not path.is_file():
+        return None
+    try:
+        declared = ModelCard.load(path).data.get("license")
+    except (OSError, ValueError):
+        return None
+    return declared if isinstance(declared, str) else None
+
+
+def _counts(lock: Lock, tensors: FinalTensors) -> tuple[int, int, float]:
+    """Parameters, those that masks leave, and the pruned share of the weights in block linears."""
+    stored = {source for source in lock.skeleton.stored.values()}
+    parameters = sum(int(torch.Size(lock.checkpoint.tensors[name].shape).numel()) for name in stored)
+    pruned = 0
+    for linear in lock.linears:
+        packed = tensors.state(linear.block).get(f"{linear.name}:mask")
+        if packed is not None:
+            pruned += linear.weights - int(unpack_bits(packed, linear.in_features).sum())
+    return parameters, parameters - pruned, pruned / sum(linear.weights for linear in lock.linears)
+
+
+def _summary(lock: Lock, index: int, ledger: list[LedgerLine]) -> PassSummary:
+    one = lock.plan.passes[index]
+    lines = [line for line in ledger if line.pass_index == index]
+    kinds = {line.error_kind for line in lines}
+    weights = sum(line.out_features * line.in_features for line in lines)
+    pruned = sum(line.sparsity * line.out_features * line.in_features for line in lines)
+    return PassSummary(
+        index=index,
+        use=one.use(),
+        settings=one.settings(),
+        linears=len(lines),
+        seconds=sum(line.seconds for line in lines),
+        relative_error=fmean(line.error_after for line in lines if line.error_after is not None),
+        error_kind=kinds.pop() if len(kinds) == 1 else None,
+        sparsity=pruned / weights,
+    )
+
+
+def _evaluate(run: _Run) -> tuple[EvaluationLine, ...]:
+    """Score the staged directory, and the dense model beside it."""
+    plan = run.lock.plan
+    if plan.evaluate is None or not plan.evaluate.perplexity:
+        return ()
+    run.progress.phase("evaluate", "evaluate")
+    return evaluate(
+        run.work.staging,
+        plan.evaluate,
+        dense=run.lock.directory,
+        folder=plan.folder,
+        device=run.mode.device,
+        keep=run.mode.keep,
+        trust_remote_code=plan.model.trust_remote_code,
+    )
