@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from compress.lock import Linear, Lock
 
 LATER_IMPORTS = 60 << 20  # tokenizer, report and data libraries that are imported after the estimate is made
-HEAD_BYTES = 64 << 20  # logits held at once while scoring; see compress.evals.perplexity
+HEAD_BYTES = 16 << 20  # logits held at once while scoring; see compress.evals.perplexity
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 Entry = dict[str, Any]
 
@@ -48,7 +48,7 @@ class Workspace:
             ) from None
         self._entries: list[Entry] = list(self._read())
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[object]] = []
 
     def _acquire(self) -> int:
         """Lock ``lock``; a file that vanished meanwhile (the other run ended) is created anew."""
@@ -129,17 +129,25 @@ class Workspace:
         self._commit(entry, files, obsolete)
         self._entries.append(entry)
 
-    def append_later(self, entry: Entry, *, files: tuple[Path, ...] = (), obsolete: tuple[Path, ...] = ()) -> None:
-        """Like `append`, while the caller goes on; at most one line is under way, and its failure shows at the next."""
-        self.flush()
-        self._pending = self._writer.submit(self._commit, entry, files, obsolete)
-        self._entries.append(entry)
+    def later(self, function: Callable[..., object], *arguments: object) -> None:
+        """Run a function in the writing thread, after what was handed to it before; `flush` raises its error."""
+        self._pending.append(self._writer.submit(function, *arguments))
+
+    def append_later(self, entry: Callable[[], Entry], *, files: tuple[Path, ...], obsolete: tuple[Path, ...]) -> None:
+        """Like `append`, in the writing thread; `entry` is made there, when the files before it are complete."""
+
+        def commit() -> None:
+            made = entry()
+            self._commit(made, files, obsolete)
+            self._entries.append(made)
+
+        self.later(commit)
 
     def flush(self) -> None:
-        """Wait until every line is on disk."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Wait until all that was handed to the writing thread is done; raises the first error."""
+        pending, self._pending = self._pending, []
+        for one in pending:
+            one.result()
 
     def _commit(self, entry: Entry, files: tuple[Path, ...], obsolete: tuple[Path, ...]) -> None:
         for file in files:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress.calibration.moments import Moments, Statistics
 from compress.calibration.plan_source import make_tokens
 from compress.calibration.tokens import TokenSet
-from compress.checkpoint import lay_out, read_file, read_json, slots_of, write_shard
+from compress.checkpoint import Shard, lay_out, read_file, read_json, slots_of, write_shard
 from compress.errors import CompressError, OutputError, PlanError, RunError
 from compress.estimate import Mode, check_disk, choose_mode, peak_memory, reset_peak_memory
 from compress.export.huggingface import FinalTensors, export
@@ -262,7 +262,7 @@ class _Run:
 
     def _activations(self, sweep: int, block: int) -> Activations:
         path = self.work.directory / f"activations-{sweep}-{block:05d}.bin"
-        return Activations(path, self._shapes(), self.mode.dtype, keep=self.mode.keep)
+        return Activations(path, self._shapes(), self.mode.dtype, keep=self.mode.keep, later=self.work.later)
 
     # ------------------------------------------------------------------ block
 
@@ -379,36 +379,35 @@ class _Run:
         artifact: dict[str, Tensor],
         seconds: float,
     ) -> None:
-        """Write what the block became and let the journal vouch for it."""
-        directory = self.work.directory
+        """Hand what the block became to the writing thread, and let the journal vouch for it."""
+        self.work.flush()  # at most one block behind
+        directory, source = self.work.directory, self.skeleton.read_digest
         (shard,) = lay_out(slots_of(artifact), 1 << 62)
-        shard = type(shard)(f"block-{sweep}-{index:05d}.safetensors", shard.slots)
-        checksum = write_shard(shard, directory, artifact, synced=False)
-        entry: dict[str, Any] = {
-            "kind": "block",
-            "sweep": sweep,
-            "block": index,
-            "file": shard.file,
-            "sha256": checksum,
-            "source": self.skeleton.read_digest,
-            "ledger": [line.model_dump(mode="json") for line in ledger],
-            "line": BlockLine(
-                sweep=sweep, index=index, seconds=seconds, peak_memory_bytes=peak_memory(self.mode.device)
-            ).model_dump(mode="json"),
-            "activations": None,
-        }
-        files = [directory / shard.file]
-        if flow:
-            entry["activations"] = {"file": flow.path.name, "sha256": flow.checksum}
-            files.append(flow.path)
-        self.work.append_later(entry, files=tuple(files), obsolete=(self._activations(sweep, index).path,))
+        shard = Shard(f"block-{sweep}-{index:05d}.safetensors", shard.slots)
+        line = BlockLine(sweep=sweep, index=index, seconds=seconds, peak_memory_bytes=peak_memory(self.mode.device))
+
+        def entry() -> dict[str, Any]:
+            checksum = write_shard(shard, directory, artifact, synced=False)
+            return {
+                "kind": "block",
+                "sweep": sweep,
+                "block": index,
+                "file": shard.file,
+                "sha256": checksum,
+                "source": source,
+                "ledger": [line.model_dump(mode="json") for line in ledger],
+                "line": line.model_dump(mode="json"),
+                "activations": {"file": flow.path.name, "sha256": flow.checksum} if flow else None,
+            }
+
+        files = (directory / shard.file, *([flow.path] if flow else []))
+        self.work.append_later(entry, files=files, obsolete=(self._activations(sweep, index).path,))
 
     def _kept(self, sweep: int, block: int) -> dict[str, Tensor]:
         """What the journal keeps of a block after a sweep."""
-        (entry,) = self.work.entries("block", sweep=sweep, block=block)
-        path = self.work.directory / entry["file"]
         self.work.flush()
-        return read_file(path)
+        (entry,) = self.work.entries("block", sweep=sweep, block=block)
+        return read_file(self.work.directory / entry["file"])
 
     def _final_state(self, block: int) -> dict[str, Tensor]:
         return self._kept(len(self.lock.sweeps) - 1, block)

@@ -58,8 +58,8 @@ class Run(Settings):
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     memory: ByteSize | None = Field(default=None, description='the peak the estimate must fit, as in "20GiB"')
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's")
-    refresh: Literal["subset", "block"] = Field(
-        default="subset", description="collect statistics before each subset of a block (exact), or once per block"
+    refresh: Literal["block", "subset"] = Field(
+        default="block", description="collect statistics once per block, or anew before each of its subsets"
     )
 
 

@@ -20,7 +20,7 @@ from compress.checkpoint import Checkpoint, raw_bytes
 from compress.errors import ModelError, RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from compress.architecture import Architecture
@@ -314,9 +314,26 @@ class Activations:
     The file holds the raw values in order; the journal keeps it verbatim, so that a resumed run is bit-identical.
     """
 
-    def __init__(self, path: Path, shapes: list[tuple[int, int, int]], dtype: torch.dtype, *, keep: bool) -> None:
-        """`shapes`: (rows, length, hidden) of each batch. `keep`: hold a copy in memory."""
+    def __init__(
+        self,
+        path: Path,
+        shapes: list[tuple[int, int, int]],
+        dtype: torch.dtype,
+        *,
+        keep: bool,
+        later: Callable[..., object] | None = None,
+    ) -> None:
+        """Describe the file; nothing is read or written yet.
+
+        Args:
+            path: of the file.
+            shapes: (rows, length, hidden) of each batch.
+            dtype: of the values.
+            keep: hold a copy in memory.
+            later: runs a function with arguments in another thread, in the order of the calls; only with `keep`.
+        """
         self.path, self.shapes, self.dtype, self.keep = path, shapes, dtype, keep
+        self._later = later if keep and later else lambda function, *arguments: function(*arguments)
         self._held: list[Tensor | None] = [None] * len(shapes)
         self._file: BinaryIO | None = None
         self._hash = hashlib.sha256()
@@ -326,24 +343,30 @@ class Activations:
         """Append a batch; batches come in order."""
         assert batch == self._written
         assert tuple(hidden.shape) == self.shapes[batch]
+        self._later(self._write, hidden)
+        self._written += 1
+        if self.keep:
+            self._held[batch] = hidden
+
+    def _write(self, hidden: Tensor) -> None:
         if self._file is None:
             self._file = self.path.open("wb")
         data = raw_bytes(hidden)
         self._hash.update(data)
         self._file.write(data)
-        self._written += 1
-        if self.keep:
-            self._held[batch] = hidden
 
     def close(self) -> None:
-        """End writing. Durability is the journal's business."""
-        assert self._file is not None
-        self._file.close()
-        self._file = None
+        """No more batches. Durability is the journal's business."""
+        self._later(self._close)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     @property
     def checksum(self) -> str:
-        """SHA-256 of what was put."""
+        """SHA-256 of what was written so far."""
         return self._hash.hexdigest()
 
     def get(self, batch: int, device: torch.device, *, last: bool = False) -> Tensor:

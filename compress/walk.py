@@ -13,6 +13,7 @@ hundreds of threads of which one runs are no simplification.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import greenlet
@@ -65,6 +66,7 @@ class Walk:
         self.device = next(block.parameters()).device
         self._caught: dict[int, Tensor] = {}
         self._running: list[greenlet.greenlet | None] = [None] * len(calls)
+        self._stops = len(stops)
         self._wanted: int | None = None  # without pausing: the subset to stop at
         self._observer: Callable[[int, Tensor], None] | None = None
         self._seen: set[int] = set()  # subsets that the observed forward has met
@@ -80,6 +82,9 @@ class Walk:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        for running in self._running:
+            if running:
+                running.throw()  # unwinds the forward and lets its tensors go
         self._running.clear()
 
     def _hook(self, stop: int):  # type: ignore[no-untyped-def]
@@ -93,6 +98,8 @@ class Walk:
                 if stop not in self._seen:
                     self._seen.add(stop)
                     self._observer(stop, args[0])
+                if len(self._seen) == self._stops:
+                    raise _Stopped
             elif stop == self._wanted:
                 self._caught[0] = args[0]
                 raise _Stopped
@@ -129,14 +136,13 @@ class Walk:
                     self._wanted = None
 
     def observe(self, seen: Callable[[int, int, Tensor], None]) -> None:
-        """Run every batch to the end once and show `seen(stop, batch, input)` each subset's input on the way."""
+        """Run every batch once, as far as the last subset, and show `seen(stop, batch, input)` each subset's input."""
         for batch in range(len(self.calls)):
             self._seen.clear()
             self._observer = lambda stop, inputs, batch=batch: seen(stop, batch, inputs)
-            try:
+            with suppress(_Stopped):
                 self._forward(batch, last=False)
-            finally:
-                self._observer = None
+            self._observer = None
 
     def outputs(self) -> Iterator[tuple[int, Tensor]]:
         """Run every batch to the end; yields (batch, output (rows, length, hidden))."""

@@ -33,7 +33,7 @@ from compress.walk import batch_rows
 if TYPE_CHECKING:
     from compress.plan import Evaluate
 
-LOGITS_AT_ONCE = 16 << 20  # values, 64 MiB in float32
+LOGITS_AT_ONCE = 4 << 20  # values, 16 MiB in float32
 DEFAULT_WINDOW = 2048
 
 
