@@ -27,18 +27,14 @@ if TYPE_CHECKING:
     from compress.plan import Calibration, Evaluate, Export, Model, Plan, Run, load_plan
     from compress.report import Report, load_report
 
-_HOME = {
-    "check": ("compress.check", "check_plan"),
-    "run": ("compress.pipeline", "run"),
-    **{
-        name: ("compress.errors", name)
-        for name in ("CompressError", "ModelError", "OutputError", "PlanError", "RunError")
-    },
-    **{
-        name: ("compress.plan", name)
-        for name in ("Calibration", "Evaluate", "Export", "Model", "Plan", "Run", "load_plan")
-    },
-    **{name: ("compress.report", name) for name in ("Report", "load_report")},
+_HOME = {"check": ("compress.check", "check_plan"), "run": ("compress.pipeline", "run")} | {
+    name: (module, name)
+    for module, names in {
+        "compress.errors": ("CompressError", "ModelError", "OutputError", "PlanError", "RunError"),
+        "compress.plan": ("Calibration", "Evaluate", "Export", "Model", "Plan", "Run", "load_plan"),
+        "compress.report": ("Report", "load_report"),
+    }.items()
+    for name in names
 }
 __all__ = [
     "Calibration",

@@ -74,6 +74,7 @@ def print_check(found: dict[str, Any], console: Console) -> None:
         weights = f"{one['weights'] / 1e6:.2f} M"
         table.add_row(str(one["pass"]), one["use"], settings, str(one["linears"]), weights, str(one["sweep"] + 1))
     console.print(table)
+    found["memory"]
     where = "in memory" if found["activations"] == "memory" else "on disk"
     for name, value in (
         ("output", f"{human_bytes(found['output_bytes'])} ({found['output_bytes']:,} bytes, exactly)"),

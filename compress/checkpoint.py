@@ -143,7 +143,7 @@ def _read_tensor(path: Path, info: TensorInfo) -> Tensor:
     flat = torch.empty(info.bytes, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(info.start)
-        view = memoryview(flat.numpy())
+        view = memoryview(flat.numpy().data)
         done = 0
         while done < info.bytes:
             count = file.readinto(view[done:])
@@ -208,7 +208,9 @@ def read_header(path: Path) -> Iterator[TensorInfo]:
 def _entry(entry: Any, name: str, wrong: Any) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(entry, dict):
         raise wrong(f"the entry of {name} is not an object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if dtype not in DTYPES:
         raise wrong(f"{name} has dtype {dtype!r}, which this version does not read")
     for what, value in (("shape", shape), ("data_offsets", offsets)):
@@ -368,7 +370,7 @@ def write_shard(shard: Shard, directory: Path, tensors: Tensors, *, synced: bool
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor, without a copy if it is contiguous."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def slots_of(tensors: Mapping[str, Tensor]) -> list[Slot]:

@@ -67,12 +67,8 @@ def choose_mode(lock: Lock) -> Mode:
         PlanError: even the leanest way needs more than the plan allows.
     """
     device = find_device(lock)
-    dtype = torch.float32 if device.type == "cpu" else getattr(torch, str(lock.linears[0].dtype).lower(), torch.float32)
-    dtype = (
-        {"F16": torch.float16, "BF16": torch.bfloat16}.get(lock.linears[0].dtype, dtype)
-        if dtype != torch.float32
-        else dtype
-    )
+    stored = lock.checkpoint.tensors[lock.linears[0].stored].torch_dtype
+    dtype = torch.float32 if device.type == "cpu" else stored  # float16 is slow and coarse on a CPU
     allowed = lock.plan.run.memory
     limit = int(allowed) if allowed else int(0.9 * _available(device))
     modes = [

@@ -38,5 +38,8 @@ def check_invariants(linear: Linear, index: int, state: LinearState, mask_before
         pattern = getattr(one, "pattern", None)
         if earlier > index or pattern is None:
             continue
-        if state.mask is None or int(state.mask.unflatten(1, (-1, pattern.group)).sum(-1).max()) > pattern.kept:
+        if (
+            state.mask is None
+            or int(state.mask.reshape(weight.shape[0], -1, pattern.group).sum(-1).max()) > pattern.kept
+        ):
             raise broken(f"a group holds more than {pattern} allows")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -34,6 +33,8 @@ from compress.report import (
 from compress.state import unpack_bits
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from compress.export.huggingface import FinalTensors
     from compress.lock import Lock
     from compress.pipeline import _Run
@@ -129,7 +130,7 @@ def _license(directory: Path) -> str | None:
 
 def _counts(lock: Lock, tensors: FinalTensors) -> tuple[int, int, float]:
     """Parameters, those that masks leave, and the pruned share of the weights in block linears."""
-    stored = {source for source in lock.skeleton.stored.values()}
+    stored = set(lock.skeleton.stored.values())
     parameters = sum(int(torch.Size(lock.checkpoint.tensors[name].shape).numel()) for name in stored)
     pruned = 0
     for linear in lock.linears:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +35,9 @@ from compress.stream import Activations, Skeleton
 from compress.walk import Walk, batch_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from compress.plan import Plan
 
 
@@ -92,9 +93,8 @@ def _finished(lock: Lock, output: Path, *, overwrite: bool) -> Report | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     made_here = (output / "lock.json").is_file()
-    if made_here and not overwrite:
-        if read_json(output / "lock.json") == lock.to_json():
-            return load_report(output)
+    if made_here and not overwrite and read_json(output / "lock.json") == lock.to_json():
+        return load_report(output)
     if made_here and overwrite:
         return None
     problem = "holds the result of another plan" if made_here else "exists and is not an output of compress"
@@ -127,7 +127,7 @@ class _Run:
         if self.lock.calibrated:
             self.progress.phase("calibration", "calibration")
             self.tokens = self._calibration()
-            self.rows = batch_rows(*self.tokens.ids.shape, self.mode.device)
+            self.rows = batch_rows(len(self.tokens.ids), self.tokens.ids.shape[1], self.mode.device)
         for sweep in range(len(self.lock.sweeps)):
             self._sweep(sweep)
         self.work.flush()
@@ -170,7 +170,7 @@ class _Run:
                 where=str(self.work.directory),
                 fix="restore the model, or start over with --restart",
             )
-        return file_checksum(self.work.directory / entry["file"]) == entry["sha256"]
+        return bool(file_checksum(self.work.directory / entry["file"]) == entry["sha256"])
 
     def _calibration(self) -> TokenSet:
         """The calibration set: from the journal, or made now."""
@@ -251,7 +251,7 @@ class _Run:
             )
         flow = self._activations(sweep, 0)
         with self.skeleton.loaded(self.skeleton.embedding):
-            for batch, ids in enumerate(self.tokens.ids.split(self.rows)):
+            for batch, ids in enumerate(torch.split(self.tokens.ids, self.rows)):
                 flow.put(batch, self.skeleton.embed(ids))
         flow.close()
         return flow
@@ -365,7 +365,7 @@ class _Run:
 
     def _write_back(self, module: nn.Module, prefix: str, linear: Linear, state: LinearState) -> None:
         """What the rest of the block computes with from now on: the weight as it will be written."""
-        weight = module.get_submodule(linear.name.removeprefix(prefix)).weight
+        weight = module.get_parameter(f"{linear.name.removeprefix(prefix)}.weight")
         weight.copy_(state.weight.T if linear.transposed else state.weight)
 
     # ---------------------------------------------------------------- journal
@@ -442,7 +442,7 @@ def _surveyed(lock: Lock, linear: Linear, sweep: int, index: int) -> bool:
 def _moments(run: _Run, sweep: int, subsets: list[list[Linear]], walk: Walk) -> Iterator[Moments]:
     """The moments of each subset's input, in order; with refresh = "block" all are collected before the first."""
     lock, tokens = run.lock, run.tokens
-    masks = tokens.mask.split(run.rows) if tokens is not None else ()
+    masks = torch.split(tokens.mask, run.rows) if tokens is not None else ()
     made = [
         Moments(s[0].in_features, max(lock.statistics(linear, sweep) for linear in s), run.mode.device) for s in subsets
     ]

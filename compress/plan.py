@@ -127,7 +127,7 @@ class Plan(Settings):
             {"use": p.use()} | p.model_dump(mode="json", by_alias=True, exclude_unset=True) | _where(p)
             for p in self.passes
         ]
-        return _without_none(data)
+        return {key: _without_none(value) for key, value in data.items() if value is not None}
 
     def canonical(self) -> dict[str, Any]:
         """Every setting, defaults included, less those that change no byte of the output: the plan's identity."""

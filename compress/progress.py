@@ -53,6 +53,5 @@ class Progress:
         shown = "  ".join(f"{name} {error:.3g}" for name, error in errors.items())
         width = len(str(total))
         eta = f"eta {human_seconds(left)}" if index + 1 < total else "done"
-        self.say(
-            f"  block {index + 1:>{width}}/{total}  error {shown}  zeros {sparsity:.1%}  {human_seconds(seconds)}  {eta}"
-        )
+        counted = f"{index + 1:>{width}}/{total}"
+        self.say(f"  block {counted}  error {shown}  zeros {sparsity:.1%}  {human_seconds(seconds)}  {eta}")

@@ -51,7 +51,7 @@ def lowest(scores: Tensor, count: int, dim: int = -1) -> Tensor:
 
 def lowest_in_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     """True at the M−N lowest scores of every M consecutive columns. `scores`: (out, in), M divides in."""
-    groups = scores.unflatten(-1, (-1, pattern.group))  # (out, in / M, M)
+    groups = scores.reshape(scores.shape[0], -1, pattern.group)  # (out, in / M, M)
     return lowest(groups, pattern.group - pattern.kept).flatten(-2)
 
 
@@ -121,7 +121,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     """(rows, columns) bool → (rows, ceil(columns / 8)) uint8, lowest bit first."""
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (padded.unflatten(1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    eights = padded.reshape(mask.shape[0], -1, 8)
+    return (eights * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, columns: int) -> Tensor:

@@ -51,7 +51,8 @@ class _Stub(nn.Module):
             return getattr(self.__dict__["block"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.skeleton._arrive(self.index, hidden_states, args, kwargs)
+        skeleton: Skeleton = self.__dict__["skeleton"]
+        return skeleton._arrive(self.__dict__["index"], hidden_states, args, kwargs)
 
 
 class Skeleton:
@@ -174,9 +175,9 @@ class Skeleton:
 
     def _make_buffers(self, module_name: str, module: nn.Module) -> None:
         """Buffers that no file stores, such as rotary frequencies, computed by the model's own initialization."""
-        lacking = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
+        lacking = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         for name in lacking:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device=self.device)
         if lacking:
             self.model._init_weights(module)
         for name in lacking:
@@ -216,7 +217,8 @@ class Skeleton:
         if name.startswith(f"{self.architecture.blocks}."):
             index, _, rest = name.removeprefix(f"{self.architecture.blocks}.").partition(".")
             return self.blocks[int(index)].get_submodule(rest)
-        return self.model.get_submodule(name)
+        module: nn.Module = self.model.get_submodule(name)
+        return module
 
     def _unload(self, name: str) -> None:
         parent, _, leaf = name.rpartition(".")
@@ -301,7 +303,8 @@ class Skeleton:
             output = self.model(inputs_embeds=self._blank(*hidden.shape[:2]), use_cache=False)
         finally:
             self._inject = None
-        return output.logits
+        logits: Tensor = output.logits
+        return logits
 
     def _blank(self, rows: int, length: int) -> Tensor:
         width = self.model.get_input_embeddings().embedding_dim

@@ -121,11 +121,12 @@ class Walk:
         """Run every batch to a subset; yields (batch, input (rows, length, in_features), or flattened tokens)."""
         for batch in range(len(self.calls)):
             if self.pause:
-                if self._running[batch] is None:
-                    self._running[batch] = greenlet.greenlet(lambda number: self._forward(number, last=True))
-                    yield batch, self._running[batch].switch(batch)
+                running = self._running[batch]
+                if running is None:
+                    self._running[batch] = running = greenlet.greenlet(lambda number: self._forward(number, last=True))
+                    yield batch, running.switch(batch)
                 else:
-                    yield batch, self._running[batch].switch()
+                    yield batch, running.switch()
             else:
                 self._wanted = stop
                 try:

@@ -130,11 +130,11 @@ def _one_text(
 
 def last_hidden(skeleton: Skeleton, ids: Tensor, folder: Path, *, keep: bool) -> Activations:
     """The last block's output for token ids (rows, length), block by block. `folder` holds temporary files."""
-    rows = batch_rows(*ids.shape, skeleton.device)
+    rows = batch_rows(ids.shape[0], ids.shape[1], skeleton.device)
     shapes = [(count, ids.shape[1], skeleton.width) for count in rows]
     flow = Activations(folder / "hidden-0", shapes, skeleton.dtype, keep=keep)
     with skeleton.loaded(skeleton.embedding):
-        for batch, some in enumerate(ids.split(rows)):
+        for batch, some in enumerate(torch.split(ids, rows)):
             flow.put(batch, skeleton.embed(some))
     flow.close()
     for index in range(len(skeleton.blocks)):
