@@ -103,7 +103,9 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
     widest = max(max(linear.in_features, linear.out_features) for linear in lock.linears)
     batch = _batch_tokens(lock)
     forward = 4 * batch * (4 * skeleton.width + 3 * widest)
-    kept = sum(sizes[f"{lin.name}.weight"] + lin.weights // 8 for lin in lock.in_block(0) if lin.passes)
+    done = [linear for linear in lock.in_block(0) if linear.passes]
+    # What the journal keeps of a block shares the float32 weights of a float32 model.
+    kept = sum(lin.weights // 8 + (sizes[f"{lin.name}.weight"] if lin.dtype != "F32" else 0) for lin in done)
     flow = _flow(lock, keep=keep, pause=pause)
     # float32 dense, current and solved weight, scores, and the int64 order of a sort
     solve = 32 * largest.weights
@@ -115,10 +117,23 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
         phases["self-calibration"] = base + 4 * sum(counts.values()) + 2 * sizes[skeleton.embedding] + forward
     phases["verification"] = base + kept + 4 * largest.weights
     if lock.plan.evaluate and lock.plan.evaluate.perplexity:
-        models = 2 if lock.plan.evaluate.divergence else 1
-        scoring = models * head + 8 * HEAD_BYTES
-        phases["evaluation"] = base + models * light + max(embedding, block + forward, scoring)
+        models = 2
+        scoring = (
+            models * head + 12 * HEAD_BYTES
+        )  # logits of both, log p of both, p, their product, and what is freed late
+        hidden = models * (_evaluation_tokens(lock) if keep else 0) * 4 * skeleton.width
+        phases["evaluation"] = base + models * light + hidden + max(embedding, block + forward, scoring)
     return phases
+
+
+def _evaluation_tokens(lock: Lock) -> int:
+    """Tokens to be scored of the longest text, as far as it can be known without reading it: four bytes a token."""
+    settings = lock.plan.evaluate
+    assert settings is not None
+    context = getattr(lock.config, "max_position_embeddings", None) or 2048
+    most = (settings.windows or 1 << 62) * (settings.window or min(2048, context))
+    files = [lock.plan.resolve(text) for text in settings.perplexity]
+    return min(most, max((path.stat().st_size // 4 for path in files if path.is_file()), default=1 << 19))
 
 
 def _flow(lock: Lock, *, keep: bool, pause: bool) -> int:

@@ -49,6 +49,7 @@ class Workspace:
         self._entries: list[Entry] = list(self._read())
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._pending: list[Future[object]] = []
+        self._failure: BaseException | None = None  # of the writing thread
 
     def _acquire(self) -> int:
         """Lock ``lock``; a file that vanished meanwhile (the other run ended) is created anew."""
@@ -130,8 +131,20 @@ class Workspace:
         self._entries.append(entry)
 
     def later(self, function: Callable[..., object], *arguments: object) -> None:
-        """Run a function in the writing thread, after what was handed to it before; `flush` raises its error."""
-        self._pending.append(self._writer.submit(function, *arguments))
+        """Run a function in the writing thread, after what was handed to it before; `flush` raises its error.
+
+        After an error nothing more is run, so that no line vouches for a file that was not written.
+        """
+        self._pending.append(self._writer.submit(self._unless_failed, function, *arguments))
+
+    def _unless_failed(self, function: Callable[..., object], *arguments: object) -> None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            function(*arguments)
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def append_later(self, entry: Callable[[], Entry], *, files: tuple[Path, ...], obsolete: tuple[Path, ...]) -> None:
         """Like `append`, in the writing thread; `entry` is made there, when the files before it are complete."""

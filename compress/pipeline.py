@@ -260,8 +260,11 @@ class _Run:
         assert self.tokens is not None
         return [(rows, self.tokens.ids.shape[1], self.skeleton.width) for rows in self.rows]
 
+    def _flow_file(self, sweep: int, block: int) -> Path:
+        return self.work.directory / f"activations-{sweep}-{block:05d}.bin"
+
     def _activations(self, sweep: int, block: int) -> Activations:
-        path = self.work.directory / f"activations-{sweep}-{block:05d}.bin"
+        path = self._flow_file(sweep, block)
         return Activations(path, self._shapes(), self.mode.dtype, keep=self.mode.keep, later=self.work.later)
 
     # ------------------------------------------------------------------ block
@@ -365,8 +368,9 @@ class _Run:
 
     def _write_back(self, module: nn.Module, prefix: str, linear: Linear, state: LinearState) -> None:
         """What the rest of the block computes with from now on: the weight as it will be written."""
-        weight = module.get_parameter(f"{linear.name.removeprefix(prefix)}.weight")
-        weight.copy_(state.weight.T if linear.transposed else state.weight)
+        weight = (state.weight.T.contiguous() if linear.transposed else state.weight).to(self.mode.dtype)
+        owner = module.get_submodule(linear.name.removeprefix(prefix))
+        owner.weight = nn.Parameter(weight, requires_grad=False)
 
     # ---------------------------------------------------------------- journal
 
@@ -401,7 +405,7 @@ class _Run:
             }
 
         files = (directory / shard.file, *([flow.path] if flow else []))
-        self.work.append_later(entry, files=files, obsolete=(self._activations(sweep, index).path,))
+        self.work.append_later(entry, files=files, obsolete=(self._flow_file(sweep, index),))
 
     def _kept(self, sweep: int, block: int) -> dict[str, Tensor]:
         """What the journal keeps of a block after a sweep."""

@@ -42,17 +42,36 @@ def pruned_count(sparsity: float, total: int) -> int:
     return int(Decimal(str(sparsity)) * total)
 
 
-def lowest(scores: Tensor, count: int, dim: int = -1) -> Tensor:
-    """True at the `count` lowest scores along `dim`; equal scores are taken by index. Same shape as `scores`."""
-    order = torch.argsort(scores, dim=dim, stable=True)
+# Scores are sorted in slices of rows: a sort needs an int64 index and a copy per score, and small slices stay in cache.
+SLICE = 1 << 18
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """True at the `count` lowest scores of each row, equal ones taken by index. `scores`: (rows, columns)."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
-    return chosen.scatter_(dim, order.narrow(dim, 0, count), True)
+    rows = max(1, SLICE // max(1, scores.shape[1]))
+    for some, found in zip(torch.split(scores, rows), torch.split(chosen, rows), strict=True):
+        order = torch.argsort(some, dim=1, stable=True)
+        found.scatter_(1, order[:, :count], True)
+    return chosen
+
+
+def lowest_of_all(scores: Tensor, count: int) -> Tensor:
+    """True at the `count` lowest of all scores, equal ones taken by index. Same shape as `scores`."""
+    flat = scores.flatten()
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = flat.kthvalue(count).values
+    chosen = flat < threshold
+    ties = (flat == threshold).nonzero().flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return chosen.view_as(scores)
 
 
 def lowest_in_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     """True at the M−N lowest scores of every M consecutive columns. `scores`: (out, in), M divides in."""
-    groups = scores.reshape(scores.shape[0], -1, pattern.group)  # (out, in / M, M)
-    return lowest(groups, pattern.group - pattern.kept).flatten(-2)
+    groups = scores.reshape(-1, pattern.group)  # (out · in / M, M)
+    return lowest(groups, pattern.group - pattern.kept).view(scores.shape)
 
 
 @dataclass
@@ -104,8 +123,8 @@ class LinearState:
         return 0.0 if self.mask is None else 1.0 - self.mask.sum().item() / self.mask.numel()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the journal keeps: the settled weight in the checkpoint's dtype and the mask, by suffixed name."""
-        kept = {f"{self.name}:weight": self.effective().to(self.dtype).contiguous()}
+        """What the journal keeps, once settled: the weight in the checkpoint's dtype and the mask, by suffixed name."""
+        kept = {f"{self.name}:weight": self.weight.to(self.dtype)}
         if self.mask is not None:
             kept[f"{self.name}:mask"] = pack_bits(self.mask)
         return kept

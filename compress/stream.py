@@ -104,8 +104,8 @@ class Skeleton:
         if self.tied:
             head, embedding = self.architecture.tied or ("", "")
             source = self.stored.get(embedding) or self.stored.get(head)
-            if source:  # transformers fills a tied head from the embedding, whatever the file says of the head
-                self.stored[head] = self.stored[embedding] = source
+            if source:  # a file that holds both keeps both: transformers does not tie them when their values differ
+                self.stored = {head: source, embedding: source} | self.stored
         where = str(self.checkpoint.directory)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         missing = [name for name in parameters if name not in self.stored]

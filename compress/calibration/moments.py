@@ -96,8 +96,8 @@ class Moments:
         """(in, in) Σ x xᵀ, symmetric. Raises ValueError when only norms were collected."""
         if self._lower is None:
             raise ValueError("the Gram matrix was not collected; the pass must declare statistics = Statistics.GRAM")
-        lower = self._lower.tril()
-        return lower + lower.tril(-1).T
+        full = self._lower.tril_()
+        return full + full.tril(-1).T
 
     def is_finite(self) -> bool:
         """False when an input held NaN or infinity, or a sum overflowed."""
@@ -116,18 +116,18 @@ class Moments:
         """
         if damping in self._factors:
             return self._factors[damping]
-        H = self.gram()
-        diagonal = H.diagonal()
+        diagonal = self.squares
         mean = diagonal.mean().item()
         dead = diagonal == 0
         for step in DAMPING_LADDER:
-            damped = H.clone()
+            damped = self.gram()
             damped.diagonal().add_(damping * step * mean)
             damped.diagonal()[dead] = 1.0
-            L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            del damped
+            damped = damped.flip(0, 1)
+            L, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
             if failed.item() == 0:
                 R = L.flip(0, 1)
+                del L, damped
                 identity = torch.eye(self.in_features, device=self.device)
                 upper = torch.linalg.solve_triangular(R, identity, upper=True)
                 if bool(torch.isfinite(upper).all()):
@@ -143,4 +143,7 @@ class Moments:
         """``‖Δ X‖²`` of a weight difference Δ (out, in): exact with the Gram matrix, its diagonal part with norms."""
         if self._lower is None:
             return float((difference.square() @ self.squares).sum())
-        return float((difference @ self.gram() * difference).sum())
+        # H = L + Lᵀ − D for the lower triangle L with its diagonal D, so tr(ΔHΔᵀ) = 2 Σ Δ∘(ΔL) − Σ Δ² D.
+        lower = self._lower.tril_()
+        twice = 2.0 * (difference @ lower).mul_(difference).sum(dtype=torch.float64)
+        return float(twice - (difference.square() @ lower.diagonal()).sum(dtype=torch.float64))

@@ -201,7 +201,9 @@ def _score(models: list[Skeleton], windows: Windows, *, keep: bool) -> _Scores:
             path.mkdir()
         hidden = [last_hidden(m, windows.ids, path, keep=keep) for m, path in zip(models, folders, strict=True)]
         first = 0
-        chunk = max(1, LOGITS_AT_ONCE // models[0].model.get_input_embeddings().num_embeddings)
+        # No longer than a window: the skeleton gives the states positions, and learned ones end with the context.
+        vocabulary = models[0].model.get_input_embeddings().num_embeddings
+        chunk = max(1, min(windows.ids.shape[1], LOGITS_AT_ONCE // vocabulary))
         with models[0].loaded(models[0].head), models[-1].loaded(models[-1].head):
             for batch, shape in enumerate(hidden[0].shapes):
                 span = slice(first, first + shape[0])

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 
 from compress.passes.base import LinearState, Moments, Note, PruningPass, SettingError, Survey
-from compress.state import lowest, lowest_in_groups, pruned_count
+from compress.state import lowest, lowest_in_groups, lowest_of_all, pruned_count
 
 
 class Magnitude(PruningPass):
@@ -80,7 +80,7 @@ def choose(linear: LinearState, scores: torch.Tensor, settings: PruningPass) -> 
     count = getattr(settings, "count", None)
     if count is None:
         count = pruned_count(settings.sparsity, scores.numel())
-    return lowest(scores.flatten(), count).view_as(scores)
+    return lowest_of_all(scores, count)
 
 
 def _bits(linear: LinearState) -> torch.Tensor:

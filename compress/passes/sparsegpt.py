@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compress.passes.base import Invariant, LinearState, Moments, Note, PruningPass, Statistics
 from compress.passes.column_solver import solve_columns
-from compress.state import lowest, lowest_in_groups, pruned_count
+from compress.state import lowest_in_groups, lowest_of_all, pruned_count
 
 
 class SparseGPT(PruningPass):
@@ -73,7 +73,7 @@ class _Mask:
         else:  # floor(s · all) over the whole layer: the fractions that blocks leave are carried on
             sparsity, rows = self.settings.sparsity or 0.0, current.shape[1]
             count = pruned_count(sparsity, span.stop * rows) - pruned_count(sparsity, span.start * rows)
-            chosen = lowest(saliency.flatten(), count).view_as(saliency)
+            chosen = lowest_of_all(saliency, count)
         self.pruned[span] |= chosen
 
     def project(self, column: int, current: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""What several test modules share: quiet and single-threaded libraries, the asset folder, tiny models with a tokenizer.
+
+torch stays with one thread: the tiny models gain nothing from two, and pytest-xdist gives each core a process.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from tests.models import VOCABULARY, save_tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "examples" / "reference"
+WORDS = [f"w{number}" for number in range(4, VOCABULARY)]
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A test that changes the number of threads changes it for itself only."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of models and texts that are not part of the project; tests skip where it is absent."""
+    folder = Path(os.environ.get("COMPRESS_ASSETS") or ROOT.parent / "shared" / "assets")
+    if not folder.is_dir():
+        pytest.skip(f"no assets at {folder}; set COMPRESS_ASSETS")
+    return folder
+
+
+def write_tokenizer(directory: Path, *, pad: str = "<pad>") -> None:
+    """A word-level tokenizer of the tiny models' vocabulary; it puts <s> in front, and `pad` is its padding token."""
+    special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    words = special | {word: number for number, word in enumerate(WORDS, start=len(special))}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=pad
+    ).save_pretrained(directory)
+
+
+def some_words(count: int, seed: int = 0) -> str:
+    """Text of so many words (and tokens) in paragraphs of 3 to 20 words."""
+    draw = random.Random(seed)
+    paragraphs = []
+    while count > 0:
+        size = min(count, draw.randint(3, 20))
+        paragraphs.append(" ".join(draw.choices(WORDS, k=size)))
+        count -= size
+    return "\n\n".join(paragraphs)
+
+
+def tiny_directory(directory: Path, family: str, **settings: Any) -> Path:
+    """`save_tiny`, with a tokenizer and with a text beside it: a model directory that a plan can name."""
+    settings = {"tied": True, "gqa": True} | settings
+    save_tiny(directory, family, **settings)
+    write_tokenizer(directory)
+    (directory.parent / "text.txt").write_text(some_words(3000))
+    return directory
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """The files of an output that must not differ between two runs: all but the reports, which carry times."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(directory.iterdir())
+        if path.name not in ("report.json", "report.html")
+    }
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of dtype, shape and bits."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes()
