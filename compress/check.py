@@ -64,6 +64,8 @@ def print_check(found: dict[str, Any], console: Console) -> None:
         f"{model['path']}: {model['architecture']}, {model['blocks']} blocks, {model['linears']} linears, "
         f"{human_bytes(model['bytes'])}",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
     for column in ("pass", "use", "settings", "linears", "weights", "sweep"):
@@ -74,7 +76,6 @@ def print_check(found: dict[str, Any], console: Console) -> None:
         weights = f"{one['weights'] / 1e6:.2f} M"
         table.add_row(str(one["pass"]), one["use"], settings, str(one["linears"]), weights, str(one["sweep"] + 1))
     console.print(table)
-    found["memory"]
     where = "in memory" if found["activations"] == "memory" else "on disk"
     for name, value in (
         ("output", f"{human_bytes(found['output_bytes'])} ({found['output_bytes']:,} bytes, exactly)"),

@@ -121,6 +121,8 @@ class Checkpoint:
         path = self.directory / file
         if not _inside(path, self.directory):
             raise ModelError("is a link that leads outside the model directory", where=str(path), fix="copy the file")
+        if not path.is_file():
+            raise ModelError("is not a file", where=str(path), fix="copy the model again")
         self.sizes[file] = path.stat().st_size
         for info in read_header(path):
             if info.name in self.tensors:
@@ -206,12 +208,14 @@ def read_header(path: Path) -> Iterator[TensorInfo]:
 
 
 def _entry(entry: Any, name: str, wrong: Any) -> tuple[str, tuple[int, ...], int, int]:
+    if not name.isprintable():  # control sequences, halves of surrogate pairs
+        raise wrong(f"the name {name!a} holds characters that cannot be printed")
     if not isinstance(entry, dict):
         raise wrong(f"the entry of {name} is not an object")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise wrong(f"{name} has dtype {dtype!r}, which this version does not read")
     for what, value in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
@@ -243,7 +247,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _inside(path: Path, directory: Path) -> bool:
     """Whether a file lies in the directory; the hub's cache links snapshots to ../../blobs, which is its own layout."""
-    roots = [directory.resolve()]
+    directory = directory.resolve()
+    roots = [directory]
     if directory.parent.name == "snapshots":
         roots.append((directory.parent.parent / "blobs").resolve())
     return any(path.resolve().is_relative_to(root) for root in roots)

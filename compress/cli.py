@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
-from rich.table import Table
 
 from compress import __version__
 from compress.errors import CompressError, PlanError, RunError
@@ -31,6 +30,7 @@ app = App(
     "or resumes it.",
     version=__version__,
     default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,  # `main` says what becomes of the run
 )
 out = Console()
 Json = Annotated[bool, Parameter(name="--json", help="print JSON")]
@@ -57,8 +57,8 @@ def run_plan(plan: Path, /, *, restart: bool = False, overwrite: bool = False) -
     loaded = load_plan(plan)
     report = run(loaded, progress=Progress(out), restart=restart, overwrite=overwrite)
     print_summary(report, out)
-    out.print(f"output {loaded.resolve(loaded.run.output)}", highlight=False, soft_wrap=True)
-    out.print(f"report {loaded.resolve(loaded.run.output) / 'report.html'}", highlight=False, soft_wrap=True)
+    _print_line(f"output {loaded.resolve(loaded.run.output)}")
+    _print_line(f"report {loaded.resolve(loaded.run.output) / 'report.html'}")
 
 
 @app.command
@@ -85,16 +85,16 @@ def explain(plan: Path, layer: str, /, *, as_json: Json = False) -> None:
     if as_json:
         _print_json(found)
         return
-    out.print(f"{found['name']}  {found['shape'][0]} × {found['shape'][1]}  {found['dtype']}  block {found['block']}")
-    out.print(f"inputs shared with {', '.join(found['inputs_shared_with'])}", highlight=False)
+    rows_columns = " × ".join(map(str, found["shape"]))
+    _print_line(f"{found['name']}  {rows_columns}  {found['dtype']}  block {found['block']}")
+    _print_line(f"inputs shared with {', '.join(found['inputs_shared_with'])}")
     for one in found["passes"]:
         skipped = f"  skipped: {one['skipped']}" if "skipped" in one else ""
-        out.print(f"\npass[{one['pass']}] {one['use']}{skipped}", style="bold", highlight=False)
-        table = Table("setting", "value", "from", box=None)
-        for setting in one.get("settings", ()):
-            table.add_row(setting["key"], json.dumps(setting["value"]), setting["from"])
-        if "settings" in one:
-            out.print(table)
+        _print_line(f"\npass[{one['pass']}] {one['use']}{skipped}")
+        rows = [(given["key"], json.dumps(given["value"]), given["from"]) for given in one.get("settings", ())]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        for key, value, origin in rows:  # no table: it would break the path of a plan over lines
+            _print_line(f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
 
 
 @app.command(name="eval")
@@ -164,7 +164,7 @@ def report(directory: Path, /, *, as_json: Json = False) -> None:
         _print_json(found.model_dump(mode="json"))
     else:
         print_summary(found, out)
-        out.print(f"report {directory / 'report.html'}", highlight=False, soft_wrap=True)
+        _print_line(f"report {directory / 'report.html'}")
 
 
 @app.command
@@ -173,6 +173,10 @@ def schema() -> None:
     from compress.plan import json_schema
 
     _print_json(json_schema())
+
+
+def _print_line(text: str) -> None:
+    out.print(text, highlight=False, markup=False, soft_wrap=True)  # names may hold [brackets]
 
 
 def _print_json(value: Any) -> None:

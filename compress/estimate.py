@@ -118,9 +118,7 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
     phases["verification"] = base + kept + 4 * largest.weights
     if lock.plan.evaluate and lock.plan.evaluate.perplexity:
         models = 2
-        scoring = (
-            models * head + 12 * HEAD_BYTES
-        )  # logits of both, log p of both, p, their product, and what is freed late
+        scoring = models * head + 12 * HEAD_BYTES  # logits, log p, p and products of both
         hidden = models * (_evaluation_tokens(lock) if keep else 0) * 4 * skeleton.width
         phases["evaluation"] = base + models * light + hidden + max(embedding, block + forward, scoring)
     return phases

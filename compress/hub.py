@@ -45,9 +45,11 @@ def find_model(model: Model, folder: Path, where: str) -> Path:
     try:
         return Path(snapshot_download(path, revision=model.revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        others = [p.name for p in local.parent.iterdir() if p.is_dir()] if local.parent.is_dir() else []
+        hint = nearest(local.name, others)
         raise PlanError(
-            f'"{path}" is neither a local directory nor a model the hub gives: {reason}',
+            f'"{path}" is neither a local directory{hint} nor a model the hub gives: {reason}',
             where=where,
             fix="check the name, log in, or download the model and give its directory",
         ) from None

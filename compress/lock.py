@@ -9,20 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.architecture import architecture_for
+from compress.calibration.plan_source import SELF, located
+from compress.calibration.sources import is_file
 from compress.checkpoint import Checkpoint, Shard, Slot, index_text, lay_out
-from compress.errors import ModelError, PlanError, nearest
+from compress.errors import CompressError, ModelError, PlanError, nearest
 from compress.hub import config_digest, find_model, load_config
 from compress.passes.base import Invariant, LinearPass, Pass, SettingError, Statistics, matches
 from compress.stream import Skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
+    from compress.architecture import Architecture
     from compress.plan import Plan, Source
 
 # The rules of composition (DESIGN section 6). A pass names the rule that places it; what it may not break is what
@@ -145,7 +148,7 @@ def compile_plan(plan: Plan) -> Lock:
     config = load_config(directory, trust_remote_code=plan.model.trust_remote_code)
     architecture = architecture_for(config.model_type)
     checkpoint = Checkpoint(directory)
-    skeleton = Skeleton(checkpoint, config, architecture, trust_remote_code=plan.model.trust_remote_code)
+    skeleton = _skeleton(plan, checkpoint, config, architecture)
     bare = list(_block_linears(skeleton))
     check_patterns(plan, [linear.name for linear in bare], architecture.head)
     linears = tuple(_with_passes(linear, plan) for linear in bare)
@@ -156,7 +159,26 @@ def compile_plan(plan: Plan) -> Lock:
     warnings = tuple(_warnings(plan, skeleton))
     lock = Lock(plan, directory, checkpoint, config, skeleton, linears, sweeps, shards, warnings)
     _check_calibration(lock)
+    _check_texts(plan)
     return lock
+
+
+def _skeleton(plan: Plan, checkpoint: Checkpoint, config: Any, architecture: Architecture) -> Skeleton:
+    """The model without weights; a configuration that transformers cannot build is the model's mistake."""
+    where = str(checkpoint.directory / "config.json")
+    blocks, stored = getattr(config, "num_hidden_layers", None), len(checkpoint.tensors)
+    if isinstance(blocks, int) and not 0 < blocks <= stored:  # before a hostile number of blocks is built
+        fix = "weights and config.json are of different models; copy both again"
+        raise ModelError(f"{blocks} blocks do not match the {stored} stored tensors", where=where, fix=fix)
+    try:
+        return Skeleton(checkpoint, config, architecture, trust_remote_code=plan.model.trust_remote_code)
+    except CompressError:
+        raise
+    except Exception as error:  # transformers and torch raise many kinds for a wrong configuration
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        raise ModelError(
+            f"the model cannot be built from it: {reason}", where=where, fix="correct config.json"
+        ) from None
 
 
 def _block_linears(skeleton: Skeleton) -> Iterator[Linear]:
@@ -188,10 +210,20 @@ def _with_passes(linear: Linear, plan: Plan) -> Linear:
         try:
             bare.check_shape(linear.out_features, linear.in_features)
         except SettingError as error:
-            where = plan.source.where(("pass", index))
+            where = plan.source.where(_to_blame(one, index, linear))
             raise PlanError(f"{linear.name}: {error}", where=where, fix=error.fix) from None
         chosen.append((index, bare))
     return Linear(**{**vars(linear), "passes": tuple(chosen)})
+
+
+def _to_blame(one: Pass, index: int, linear: Linear) -> tuple[str | int, ...]:
+    """The table whose settings do not fit a linear's shape: the last `where` that matches, or else the pass's own."""
+    matching = [number for number, table in enumerate(one.where) if matches(linear.name, table.match)]
+    try:
+        one.with_settings({}).check_shape(linear.out_features, linear.in_features)
+    except SettingError:
+        return ("pass", index)
+    return ("pass", index, "where", matching[-1]) if matching else ("pass", index)
 
 
 def check_patterns(plan: Plan, names: list[str], head: str) -> None:
@@ -309,6 +341,21 @@ def _check_calibration(lock: Lock) -> None:
                 f"{key} {value} is more than the model's context of {context}",
                 where=plan.source.where((table, key)),
                 fix=f"{key} = {context} or less",
+            )
+
+
+def _check_texts(plan: Plan) -> None:
+    """Text files must be there before hours of work, not when their turn comes."""
+    named = [(("calibration", "source"), plan.calibration.source)] if plan.calibration else []
+    named += [(("evaluate", "perplexity"), text) for text in (plan.evaluate.perplexity if plan.evaluate else ())]
+    for location, source in named:
+        path = Path(located(source, plan.folder)).expanduser()
+        if source != SELF and is_file(str(path)) and not path.is_file():
+            others = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+            raise PlanError(
+                f'no such file "{path}"{nearest(path.name, others)}',
+                where=plan.source.where(location),
+                fix="correct the path; it is relative to the plan file",
             )
 
 

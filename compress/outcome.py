@@ -61,7 +61,7 @@ def assemble(run: _Run, verified: VerifiedInfo, tensors: FinalTensors) -> Report
     evaluation = _evaluate(run)
     run.progress.end_phase()
     plan, settings = lock.plan, lock.plan.calibration
-    source = sum(info.bytes for info in lock.checkpoint.tensors.values())
+    source = sum(lock.checkpoint.sizes.values())
     return Report(
         compress_version=__version__,
         model=ModelInfo(path=plan.model.path, architecture=lock.config.model_type, parameters=parameters, bytes=source),

@@ -20,6 +20,7 @@ from compress import passes as builtin_passes
 from compress.errors import PlanError, nearest
 from compress.passes.base import Pass, Patterns, SettingError
 from compress.settings import Settings
+from compress.state import Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,7 +145,13 @@ class Plan(Settings):
 
 
 def _where(one: Pass) -> dict[str, Any]:
-    return {"where": [table.model_dump(mode="json") for table in one.where]} if one.where else {}
+    tables = [table.model_dump(mode="json") | _spelled(table.overrides()) for table in one.where]
+    return {"where": tables} if tables else {}
+
+
+def _spelled(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Patterns as a plan file spells them; Python may have given the object."""
+    return {key: str(value) for key, value in overrides.items() if isinstance(value, Pattern)}
 
 
 def _without_none(value: Any) -> Any:
@@ -181,9 +188,9 @@ def find_pass(use: str) -> type[Pass]:
     module, _, attribute = use.partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module is the user's: it may raise anything
         raise SettingError(f'cannot import pass "{use}": {error}', "install the package, or set PYTHONPATH") from error
-    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+    if not (isinstance(cls, type) and issubclass(cls, Pass)) or bool(getattr(cls, "__abstractmethods__", None)):
         raise SettingError(f'"{use}" is not a pass', "derive the class from compress.passes.LinearPass")
     return cls
 
@@ -196,7 +203,18 @@ def pass_from_table(table: Any) -> Pass:
     use = settings.pop("use", None)
     if not isinstance(use, str):
         raise SettingError('a pass needs the key "use"', f"use = one of {', '.join(sorted(pass_classes()))}")
-    return find_pass(use)(**settings)
+    cls = find_pass(use)
+    _refuse_python_names(cls, settings)
+    return cls(**settings)
+
+
+def _refuse_python_names(cls: type[Settings], table: dict[str, Any]) -> None:
+    """``except_`` and ``passes`` are how Python spells ``except`` and ``pass``; a plan file has one spelling."""
+    for name, field in cls.model_fields.items():
+        if field.alias and name != field.alias and name in table:
+            names = _keys(cls)
+            fix = f"the keys of this table are {', '.join(names)}"
+            raise SettingError(f'unknown key "{name}"; did you mean "{field.alias}"?', fix, (name,))
 
 
 @dataclass(frozen=True)
@@ -213,7 +231,10 @@ class Source:
 
     def line(self, location: Location) -> int | None:
         """The line (from 1) of a key, or of the nearest table that encloses it."""
-        lines = dict(_lines(self.text))
+        lines: dict[Location, int] = {}
+        for known, number in _lines(self.text):
+            for length in range(1, len(known) + 1):  # a dotted key or an element begins what encloses it, too
+                lines.setdefault(known[:length], number)
         while location and location not in lines:
             location = location[:-1]
         return lines.get(location)
@@ -234,13 +255,7 @@ def _lines(text: str) -> Iterator[tuple[Location, int]]:
     """Each table header and key of a TOML text with its line; tomllib keeps no positions."""
     table: Location = ()
     arrays: dict[Location, int] = {}
-    quote: str | None = None
-    for number, line in enumerate(text.splitlines(), start=1):
-        inside = quote
-        for mark in re.findall(r'"""|\'\'\'', line):
-            quote = mark if quote is None else (None if quote == mark else quote)
-        if inside:
-            continue
+    for number, line in _statements(text):
         header = re.match(rf"\s*(\[\[?){_DOTTED.pattern}\]", line)
         if header:
             table = ()
@@ -261,6 +276,24 @@ def _lines(text: str) -> Iterator[tuple[Location, int]]:
             yield table + _split(key[1]), number
 
 
+# Strings of all four kinds, comments, brackets and line ends: what decides whether a line begins a statement.
+_TOKEN = re.compile(
+    r'''"""(?:\\.|[^\\])*?"{3,5}|\'{3}.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*|[\[\]{}\n]''', re.DOTALL
+)
+
+
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """The lines (from 1) that begin a header or a key: those not inside an array or a multi-line string."""
+    lines = text.split("\n")
+    number, depth = 1, 0
+    yield 1, lines[0]
+    for token in _TOKEN.findall(text):
+        depth += (token in ("[", "{")) - (token in ("]", "}"))
+        number += token.count("\n")
+        if token == "\n" and depth == 0:
+            yield number, lines[number - 1]
+
+
 def _split(dotted: str) -> tuple[str, ...]:
     return tuple(part.strip("\"'") for part in re.findall(_KEY, dotted))
 
@@ -273,7 +306,7 @@ def load_plan(path: str | Path) -> Plan:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         others = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise PlanError(f"no such plan{nearest(path.name, others)}", where=str(path), fix="give a TOML file") from None
@@ -287,14 +320,23 @@ def parse_plan(text: str, path: Path | None = None) -> Plan:
     source = Source(path, text)
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"not valid TOML: {error}", where=source.name, fix="correct the syntax at that place") from None
+    except (ValueError, RecursionError) as error:  # beside TOMLDecodeError: numbers too long, arrays too deep
+        line = re.search(r"at line (\d+)", str(error))
+        where = f"{source.name}:{line[1]}" if line else source.name
+        raise PlanError(f"not valid TOML: {error}", where=where, fix="correct the syntax at that place") from None
     return plan_from_tables(data, source)
 
 
 def plan_from_tables(data: dict[str, Any], source: Source) -> Plan:
     """Validate TOML tables. Passes are built one by one, so that an error knows which class it is about."""
     data = dict(data)
+    try:
+        _refuse_python_names(Plan, data)
+    except SettingError as error:
+        raise PlanError(str(error), where=source.where(error.location), fix=error.fix) from None
+    for location, text in _strings(data):
+        if "\0" in text:
+            raise PlanError("holds a NUL character", where=source.where(location), fix="remove it")
     tables = data.get("pass", [])
     if isinstance(tables, list):
         built: list[Pass] = []
@@ -305,7 +347,7 @@ def plan_from_tables(data: dict[str, Any], source: Source) -> Plan:
                 cls = find_pass(table["use"])
                 raise _explain(error, cls, source, ("pass", index)) from None
             except SettingError as error:
-                place = ("pass", index, "use") if isinstance(table, dict) else ("pass", index)
+                place = ("pass", index, *(error.location or ("use",))) if isinstance(table, dict) else ("pass", index)
                 raise PlanError(str(error), where=source.where(place), fix=error.fix) from None
         data["pass"] = built
     try:
@@ -316,12 +358,24 @@ def plan_from_tables(data: dict[str, Any], source: Source) -> Plan:
     return plan
 
 
+def _strings(value: Any, location: Location = ()) -> Iterator[tuple[Location, str]]:
+    """Every string of nested tables and where it stands."""
+    if isinstance(value, str):
+        yield location, value
+    elif isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _strings(item, (*location, key))
+
+
 def _explain(error: ValidationError, cls: type[Settings], source: Source, prefix: Location) -> PlanError:
     """The first problem pydantic found, in the words of this project."""
     # A misspelt key is also a missing one: say the first.
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    errors = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    # A list whose items are wrong is also said to be too short.
+    errors = [e for e in errors if e["type"] != "too_short" or e["loc"] == errors[0]["loc"]]
+    first = errors[0]
     location: Location = prefix + tuple(first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     cause = first.get("ctx", {}).get("error")
     owner = _owner(cls, tuple(first["loc"]))
     key = str(location[-1]) if location else ""
@@ -335,6 +389,10 @@ def _explain(error: ValidationError, cls: type[Settings], source: Source, prefix
     elif isinstance(cause, SettingError):
         problem, fix = str(cause), cause.fix
         location += cause.location
+    elif location == ("pass",) and first["type"] == "too_short":
+        problem, fix = "there is no pass", f"add [[pass]] with use = one of {', '.join(sorted(pass_classes()))}"
+    elif location == ("export",) and first["type"] == "too_long":
+        problem, fix = "this version writes one format", "keep one [[export]]"
     else:
         problem = f"{first['msg']}, not {first['input']!r}" if "input" in first else first["msg"]
         described = owner.model_fields.get(_field_name(owner, key)) if owner else None
@@ -381,6 +439,11 @@ def json_schema() -> dict[str, Any]:
             "properties"
         ]
         one["required"] = ["use", *one.get("required", [])]
+        # A `where` takes the pass's own settings, and no other key.
+        own_settings = {key: one["properties"][key] for key in _keys(cls)[1:] if key not in _keys(Pass)}
+        where = definitions["Where"]
+        closed = {"properties": where["properties"] | own_settings, "additionalProperties": False}
+        one["properties"]["where"] = one["properties"]["where"] | {"items": where | closed}
         definitions[cls.__name__] = one
         tables.append({"$ref": f"#/$defs/{cls.__name__}"})
     own = {
@@ -389,4 +452,19 @@ def json_schema() -> dict[str, Any]:
         "required": ["use"],
     }
     schema["properties"]["pass"] = {"type": "array", "minItems": 1, "items": {"anyOf": [*tables, own]}}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "compress plan"} | schema
+    for unused in ("Pass", "Where"):
+        definitions.pop(unused, None)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return {**head, **_one_or_many(schema), "title": "compress plan"}
+
+
+def _one_or_many(value: Any) -> Any:
+    """A schema in which a list of strings may be a single string, as it may in a plan."""
+    if isinstance(value, list):
+        return [_one_or_many(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("type") == "array" and value.get("items") == {"type": "string"}:
+        rest = {key: item for key, item in value.items() if key not in ("type", "items")}
+        return rest | {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    return {key: _one_or_many(item) for key, item in value.items()}

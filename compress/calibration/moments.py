@@ -77,10 +77,12 @@ class Moments:
         """Add the sums of `other`, which saw other tokens of the same input."""
         self.tokens += other.tokens
         self._factors.clear()
-        self._squares += other._squares
-        if self._lower is not None:
-            assert other._lower is not None
-            self._lower += other._lower
+        if self._lower is None:
+            self._squares += other.squares
+            return
+        if other._lower is None:
+            raise ValueError("a Gram matrix cannot be merged with column norms")
+        self._lower += other._lower
 
     @property
     def squares(self) -> Tensor:

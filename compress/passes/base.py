@@ -200,6 +200,8 @@ class PruningPass(LinearPass):
         if (self.sparsity is None) == (self.pattern is None):
             problem = "sparsity and pattern exclude each other" if self.pattern else "neither sparsity nor pattern"
             raise SettingError(problem, 'give exactly one, such as sparsity = 0.5 or pattern = "2:4"')
+        if self.pattern and "scope" in self.model_fields_set:
+            raise SettingError("scope has no meaning with an N:M pattern: groups compete", "leave scope out")
         return self
 
     def _merge(self, given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

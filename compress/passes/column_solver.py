@@ -45,7 +45,7 @@ def solve_columns(weight: Tensor, upper: Tensor, rule: ColumnRule, *, block_size
     Returns:
         Q (out, in) and ``‖E‖²``, the error in the norm of ``H_λ``.
     """
-    W = weight.T.contiguous()  # (in, out): a column of the layer is one contiguous row here
+    W = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the layer is one contiguous row here
     columns = W.shape[0]
     # A group lies within a block or is made of whole blocks, or `begin` would miss updates.
     group = rule.group

@@ -24,10 +24,8 @@ class Magnitude(PruningPass):
 
     @model_validator(mode="after")
     def _scope_fits(self) -> Magnitude:
-        if self.pattern and "scope" in self.model_fields_set:
-            raise SettingError("scope has no meaning with an N:M pattern: groups compete", "leave scope out")
-        if self.count is not None and self.scope != "layer":
-            raise SettingError("count counts the weights of a layer", 'write scope = "layer" with count')
+        if self.count is not None and (self.scope != "layer" or self.pattern):
+            raise SettingError("count counts the weights of a layer", 'write scope = "layer" with count, and no pattern')
         if self.surveys() and any("sparsity" in t.overrides() and "scope" not in t.overrides() for t in self.where):
             raise SettingError("a global sparsity cannot differ by linear", "except those linears; prune them in a second pass")
         return self
@@ -84,5 +82,8 @@ def choose(linear: LinearState, scores: torch.Tensor, settings: PruningPass) -> 
 
 
 def _bits(linear: LinearState) -> torch.Tensor:
-    """|w| as int64 bit patterns, (out · in,); pruned weights are +0 and come first."""
-    return linear.effective().abs().flatten().contiguous().view(torch.int32).long().cpu()
+    """|w| as int64 bit patterns plus one, (out · in,); 0 for pruned weights, which so come before live zeros."""
+    bits = linear.effective().abs().contiguous().view(torch.int32).long() + 1
+    if linear.mask is not None:
+        bits.masked_fill_(~linear.mask, 0)
+    return bits.flatten().cpu()

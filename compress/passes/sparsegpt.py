@@ -46,9 +46,11 @@ class SparseGPT(PruningPass):
             assert linear.mask is not None
             H = moments.gram()
             H.diagonal().add_(factor.damping * H.diagonal().mean())
+            H.diagonal()[factor.dead] = 1.0  # as in the factor
             linear.weight = restricted_least_squares(linear.dense, weight, linear.mask, H)
         linear.weight = linear.effective()
-        return {"damping": factor.damping, "dead_columns": int(factor.dead.sum()), "damped_loss": loss}
+        note: Note = {"damping": factor.damping, "dead_columns": int(factor.dead.sum())}
+        return note if self.least_squares else note | {"damped_loss": loss}
 
 
 class _Mask:
