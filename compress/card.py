@@ -63,8 +63,8 @@ def _body(report: Report, base_model: str) -> str:
         _method(report),
         _results(report),
         _loading(report),
-        "## Reproduce\n\n`plan.toml` beside this card is the plan of the run, `lock.json` what it was compiled to. Set the "
-        "plan's paths, and run:\n\n```sh\ncompress plan.toml\n```",
+        "## Reproduce\n\n`plan.toml` beside this card is the plan of the run, `lock.json` what it was compiled to. "
+        "Set the plan's paths, and run:\n\n```sh\ncompress plan.toml\n```",
         _limits(report),
     ]
     return "\n\n".join(sections) + "\n"

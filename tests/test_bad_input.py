@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import files_of, some_words, tiny_directory
+from tests.conftest import files_of, some_text, tiny_directory
 from tests.test_checkpoint import HOSTILE, hub_cache, write
 from tests.test_cli import PLAN, command, left_behind, refused
 
@@ -374,13 +374,13 @@ def test_after_too_little_text_the_mended_plan_just_runs(
     mended: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing was computed yet that could belong to another plan."""
-    Path("text.txt").write_text(some_words(40))
+    Path("text.txt").write_text(some_text(40))
     Path("plan.toml").write_text(PLAN.replace("samples = 2", "samples = 9"))
     assert "fix: give more text, or a smaller samples or length" in refused(capsys, "plan.toml")
     if mended == "plan":
         Path("plan.toml").write_text(PLAN)
     else:
-        Path("text.txt").write_text(some_words(4000))
+        Path("text.txt").write_text(some_text(4000))
     assert command(capsys, "plan.toml").code == 0
 
 
@@ -410,7 +410,7 @@ def test_a_finished_output_of_other_data_is_not_done(
     if what == "model":
         reweigh(UP, lambda weight: weight + 1)
     else:
-        Path("text.txt").write_text(some_words(3000, seed=5))
+        Path("text.txt").write_text(some_text(3000, seed=5))
     result = command(capsys, "plan.toml")
     assert "already holds the result" not in result.out
     assert files_of(folder / "out") == before  # nor is it replaced unasked

@@ -49,8 +49,8 @@ class SparseGPT(PruningPass):
             H.diagonal()[factor.dead] = 1.0  # as in the factor
             linear.weight = restricted_least_squares(linear.dense, weight, linear.mask, H)
         linear.weight = linear.effective()
-        note: Note = {"damping": factor.damping, "dead_columns": int(factor.dead.sum())}
-        return note if self.least_squares else note | {"damped_loss": loss}
+        # The loss of the column loop, in the norm of H_λ and against the weight this pass began with.
+        return {"damping": factor.damping, "dead_columns": int(factor.dead.sum()), "damped_loss": loss}
 
 
 class _Mask:
