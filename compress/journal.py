@@ -204,6 +204,7 @@ class Workspace:
         sync(self.staging)
         old = self.directory / "replaced"
         if self.output.exists() and any(self.output.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed after it had replaced the output
             self.output.rename(old)
         self.staging.rename(self.output)
         sync(self.output.parent)

@@ -331,7 +331,7 @@ class _Run:
         """Apply the sweep's passes to one linear, check what they promise and note what they did."""
         lines: list[LedgerLine] = []
         size = max(_error(moments, state.dense), 1e-30)
-        error = _error(moments, state.dense - state.effective()) / size
+        error = 0.0 if state.weight is state.dense else _error(moments, state.dense - state.effective()) / size
         for index, one in self.lock.passes(linear, sweep):
             began = time.perf_counter()
             one = one.with_settings(settings.get(index, {}).get(linear.name, {}))

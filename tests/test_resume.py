@@ -51,9 +51,9 @@ use = "wanda"
 pattern = "2:4"
 """
 
-# Reads one JSON command a line: {plan, kill_at, points, after, overwrite}. Forks, runs the plan in the child and answers
-# {status, events}. A child dies by SIGKILL at the `kill_at`-th event, or `after` seconds from its start. Events are
-# the entries and exits of the functions in `points`.
+# Reads one JSON command a line: {plan, kill_at, points, after, overwrite}. Forks, runs the plan in the child and
+# answers {status, events}. A child dies by SIGKILL at the `kill_at`-th event, or `after` seconds from its start. Events
+# are the entries and exits of the functions in `points`.
 DRIVER = """
 import importlib, json, os, signal, sys, threading, time
 import torch
@@ -241,10 +241,10 @@ def test_killed_at_every_write_sync_rename_and_deletion(runner: Runner, folder: 
 
 
 def test_killed_at_some_writes_syncs_renames_and_deletions(runner: Runner, folder: Path) -> None:
-    assert kill_at_every(runner, folder, EVERYTHING, step=29, offset=7) > 8
+    assert kill_at_every(runner, folder, EVERYTHING, step=43, offset=7) > 5
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(150, marks=pytest.mark.slow)])
 def test_killed_at_random_times(runner: Runner, folder: Path, kills: int) -> None:
     usual = runner(folder)["seconds"]
     draw = random.Random(kills)
@@ -354,11 +354,14 @@ def lines(work: Path) -> list[bytes]:
     return (work / "journal.jsonl").read_bytes().splitlines(keepends=True)
 
 
-@at_every_block
-@pytest.mark.parametrize("how", ["torn", "half", "no newline", "garbage", "other line", "empty"])
+@pytest.mark.parametrize(
+    ("sweep", "block", "how"),
+    [
+        *((*point, "torn") for point in POINTS),
+        *((1, 1, how) for how in ("half", "no newline", "garbage", "other line")),
+    ],
+)
 def test_a_torn_last_line(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: int, block: int, how: str) -> None:
-    if how != "torn" and (sweep, block) != (1, 1):
-        pytest.skip("once is enough")
     work = interrupt(folder, monkeypatch, sweep, block)
     *head, last = lines(work)
     ends = {
@@ -367,7 +370,6 @@ def test_a_torn_last_line(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: 
         "no newline": last[:-1],
         "garbage": last + b"\xff\x00\xfe",
         "other line": last + b"0123456789abcdef {}\n",
-        "empty": last + b"\n",
     }
     (work / "journal.jsonl").write_bytes(b"".join(head) + ends[how])
     run(folder)
@@ -381,6 +383,9 @@ def test_a_damaged_line_ends_the_journal_there(folder: Path, monkeypatch: pytest
     kinds = [json.loads(line.partition(b" ")[2])["kind"] for line in found]
     assert kinds == ["begin", "threads", "calibration", "block", "block", "survey", "block"]
     flip(work / "journal.jsonl", sum(len(line) for line in found[:number]) + len(found[number]) // 2)
+    if number == 4:  # the activations behind the first block are needed again, and deleted
+        with pytest.raises(RunError, match="activations are damaged"):
+            run(folder)
     run(folder)
     assert_finished(folder)
 

@@ -16,6 +16,8 @@ import torch
 from compress.errors import RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 
@@ -68,9 +70,7 @@ class Moments:
             self._squares += (x * x).sum(0)  # ten times as fast as vector_norm over rows
             return
         # Only the lower triangle, panel by panel: about half of the multiplications of XᵀX.
-        panel = max(128, -(-self.in_features // 8))
-        for start in range(0, self.in_features, panel):
-            stop = min(start + panel, self.in_features)
+        for start, stop in self._panels():
             self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
     def merge(self, other: Moments) -> None:
@@ -145,7 +145,16 @@ class Moments:
         """``‖Δ X‖²`` of a weight difference Δ (out, in): exact with the Gram matrix, its diagonal part with norms."""
         if self._lower is None:
             return float((difference.square() @ self.squares).sum())
-        # H = L + Lᵀ − D for the lower triangle L with its diagonal D, so tr(ΔHΔᵀ) = 2 Σ Δ∘(ΔL) − Σ Δ² D.
+        # With the lower triangle L of H and its diagonal D, H = L + Lᵀ − D, so tr(ΔHΔᵀ) = 2 Σ Δ∘(ΔL) − Σ Δ²D. Panel by
+        # panel only the rows under the diagonal take part: half the multiplications of ΔH, and no matrix of its size.
         lower = self._lower.tril_()
-        twice = 2.0 * (difference @ lower).mul_(difference).sum(dtype=torch.float64)
-        return float(twice - (difference.square() @ lower.diagonal()).sum(dtype=torch.float64))
+        total = -(difference.square() @ lower.diagonal()).sum(dtype=torch.float64)
+        for start, stop in self._panels():
+            product = difference[:, start:] @ lower[start:, start:stop]
+            total += 2.0 * product.mul_(difference[:, start:stop]).sum(dtype=torch.float64)
+        return float(total)
+
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        width = max(128, -(-self.in_features // 8))
+        for start in range(0, self.in_features, width):
+            yield start, min(start + width, self.in_features)

@@ -112,6 +112,8 @@ def _one_text(
     stride = settings.stride or window
     if window > context:
         raise PlanError(f"window {window} is more than the model's context of {context}", fix=f"window = {context}")
+    if stride > window:
+        raise PlanError(f"stride {stride} skips tokens of window {window}", fix=f"stride = {window} or less")
     content = whole_text(located(text, folder), default_split="test")
     ids, lengths = eval_stream(content, tokenizer, settings.special_tokens)
     windows = Windows.cut(ids, lengths, window, stride, settings.windows, text)
@@ -210,7 +212,10 @@ def _score(models: list[Skeleton], windows: Windows, *, keep: bool) -> _Scores:
                 first += shape[0]
                 # The hidden state before a target predicts it.
                 targets = windows.ids[span, 1:][windows.targets[span, 1:]].to(models[0].device)
-                states = [h.get(batch, m.device)[:, :-1][windows.targets[span, 1:]] for h, m in zip(hidden, models, strict=True)]
+                states = [
+                    h.get(batch, m.device)[:, :-1][windows.targets[span, 1:]]
+                    for h, m in zip(hidden, models, strict=True)
+                ]
                 for start in range(0, len(targets), chunk):
                     part = slice(start, start + chunk)
                     logits = [m.logits(s[part].unsqueeze(0))[0] for m, s in zip(models, states, strict=True)]

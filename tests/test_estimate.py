@@ -1,0 +1,191 @@
+"""The estimate refuses what cannot fit, and grows with what is asked for."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import compress
+from compress import estimate
+from compress.check import check_plan
+from compress.errors import PlanError
+from compress.estimate import choose_mode, find_device, memory
+from compress.lock import compile_plan
+from compress.passes import Magnitude, SparseGPT, Wanda
+from tests.conftest import tiny_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.lock import Lock
+    from compress.passes import Pass
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(estimate, "resident_memory", lambda: 0)
+    return tiny_directory(tmp_path / "model", "llama")
+
+
+def lock_of(
+    model: Path, one: Pass | None = None, *, samples: int = 200, length: int = 32, evaluated: bool = False, **run: Any
+) -> Lock:
+    text = str(model.parent / "text.txt")
+    return compile_plan(
+        compress.Plan(
+            model=compress.Model(path=str(model)),
+            calibration=compress.Calibration(source=text, samples=samples, length=length),
+            run=compress.Run(output=str(model.parent / "out"), **run),
+            passes=[one or SparseGPT(pattern="2:4")],
+            evaluate=compress.Evaluate(perplexity=text) if evaluated else None,
+        )
+    )
+
+
+def test_an_impossible_memory_is_refused(model: Path) -> None:
+    lock = lock_of(model, memory="10MiB")
+    with pytest.raises(PlanError, match=r"the run needs .* more than memory = ") as caught:
+        choose_mode(lock)
+    assert "run.memory" in str(caught.value)
+    with pytest.raises(PlanError, match="more than memory"):
+        compress.run(lock.plan)
+    assert sorted(p.name for p in model.parent.iterdir()) == ["model", "text.txt"]
+
+
+def test_the_fastest_mode_that_fits_is_chosen(model: Path) -> None:
+    lock = lock_of(model)
+    wishes = [(True, True), (True, False), (False, False)]
+    peaks = [max(memory(lock, keep=keep, pause=pause).values()) for keep, pause in wishes]
+    assert peaks[0] > peaks[1] > peaks[2]
+    for wish, peak in zip(wishes, peaks, strict=True):
+        mode = choose_mode(lock_of(model, memory=peak))
+        assert ((mode.keep, mode.pause), mode.peak) == (wish, peak)
+    with pytest.raises(PlanError):
+        choose_mode(lock_of(model, memory=peaks[2] - 1))
+
+
+def test_without_a_limit_a_full_machine_gets_the_leanest(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_available", lambda _: 1)
+    mode = choose_mode(lock_of(model))
+    assert (mode.keep, mode.pause) == (False, False)
+
+
+@pytest.mark.parametrize("one", [SparseGPT(pattern="2:4"), Wanda(sparsity=0.5)], ids=["gram", "norms"])
+@pytest.mark.parametrize(("keep", "pause"), [(True, True), (True, False), (False, False)])
+def test_no_phase_shrinks_with_more_samples(model: Path, one: Pass, keep: bool, pause: bool) -> None:
+    phases = [memory(lock_of(model, one, samples=samples), keep=keep, pause=pause) for samples in (1, 8, 64, 512, 4096)]
+    for less, more in pairwise(phases):
+        assert less.keys() == more.keys()
+        assert all(less[name] <= more[name] for name in less)
+    if keep:
+        assert phases[0]["blocks"] < phases[-1]["blocks"]
+        per_sample = (phases[-1]["blocks"] - phases[-2]["blocks"]) / (4096 - 512)
+        assert per_sample >= 4 * 32 * 32  # float32 × length × hidden
+
+
+def test_no_phase_shrinks_with_longer_samples(model: Path) -> None:
+    phases = [memory(lock_of(model, length=length), keep=True, pause=True) for length in (2, 8, 32, 64)]
+    for less, more in pairwise(phases):
+        assert less["blocks"] <= more["blocks"]
+
+
+def test_on_disk_memory_does_not_depend_on_the_number_of_samples(model: Path) -> None:
+    few, many = (memory(lock_of(model, samples=samples), keep=False, pause=False) for samples in (500, 500_000))
+    assert few == many
+
+
+def test_a_gram_matrix_costs_memory(model: Path) -> None:
+    lean, norms, gram = (
+        memory(lock_of(model, one, samples=1, length=2), keep=False, pause=False)["blocks"]
+        for one in (Magnitude(sparsity=0.5), Wanda(sparsity=0.5), SparseGPT(sparsity=0.5))
+    )
+    assert lean <= norms < gram
+
+
+def test_without_calibration_there_are_no_activations(model: Path) -> None:
+    lock = lock_of(model, Magnitude(sparsity=0.5), samples=10_000)
+    phases = memory(lock, keep=True, pause=True)
+    assert phases == memory(lock, keep=False, pause=False)
+    assert "embedding" not in phases
+
+
+def test_evaluation_is_a_phase(model: Path) -> None:
+    without, phases = (
+        memory(lock_of(model, evaluated=evaluated), keep=True, pause=True) for evaluated in (False, True)
+    )
+    assert phases.keys() - without.keys() == {"evaluation"}
+
+
+def test_time_grows_with_samples(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_speed", lambda _: 1e9)
+    locks = [lock_of(model, samples=samples) for samples in (8, 80, 800)]
+    times = [estimate.seconds(lock, choose_mode(lock)) for lock in locks]
+    assert times == sorted(times)
+    assert times[0] < times[2]
+
+
+def test_a_full_disk_is_refused_before_the_run(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = lock_of(model)
+    free = estimate.disk_bytes(lock)
+
+    class Usage:
+        pass
+
+    usage = Usage()
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: usage)
+    usage.free = free  # type: ignore[attr-defined]
+    estimate.check_disk(lock)
+    usage.free = free - 1  # type: ignore[attr-defined]
+    with pytest.raises(PlanError, match="on the disk of its output"):
+        compress.run(lock.plan)
+    assert not (model.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("gpu", "is no device"), ("mps", "is not supported"), ("cuda", "no CUDA device")]
+)
+def test_devices_that_are_not_there(model: Path, monkeypatch: pytest.MonkeyPatch, device: str, message: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PlanError, match=message):
+        find_device(lock_of(model, Magnitude(sparsity=0.5), device=device))
+
+
+def test_check_reads_no_weight(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    lock = lock_of(model)
+    monkeypatch.setattr("compress.checkpoint._read_tensor", forbidden)
+    found = check_plan(lock.plan)
+    assert found["memory"]["peak_bytes"] == max(found["memory"]["phases"].values())
+    assert found["output_bytes"] == sum(file["bytes"] for file in found["files"])
+
+
+@pytest.mark.slow
+def test_the_real_peak_keeps_to_the_estimate(assets: Path, tmp_path: Path) -> None:
+    """On the reference model, in a fresh process: other tests would have raised the floor."""
+    import json
+    import subprocess
+    import sys
+
+    plan = f"""
+[model]
+path = "{assets / "models" / "reference"}"
+[calibration]
+source = "{assets / "text" / "prose-calibration.txt"}"
+samples = 64
+length = 256
+[run]
+output = "{tmp_path / "out"}"
+refresh = "subset"
+[[pass]]
+use = "sparsegpt"
+pattern = "2:4"
+"""
+    (tmp_path / "plan.toml").write_text(plan)
+    subprocess.run([sys.executable, "-m", "compress", str(tmp_path / "plan.toml")], check=True)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["peak_memory_bytes"] <= 1.05 * report["estimated_memory_bytes"]
