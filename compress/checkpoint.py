@@ -119,7 +119,7 @@ class Checkpoint:
 
     def _add(self, file: str) -> None:
         path = self.directory / file
-        if not _inside(path, self.directory):
+        if not is_inside(path, self.directory):
             raise ModelError("is a link that leads outside the model directory", where=str(path), fix="copy the file")
         if not path.is_file():
             raise ModelError("is not a file", where=str(path), fix="copy the model again")
@@ -245,7 +245,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _inside(path: Path, directory: Path) -> bool:
+def is_inside(path: Path, directory: Path) -> bool:
     """Whether a file lies in the directory; the hub's cache links snapshots to ../../blobs, which is its own layout."""
     directory = directory.resolve()
     roots = [directory]

@@ -17,6 +17,7 @@ import torch
 
 from compress.calibration.moments import Statistics
 from compress.errors import PlanError
+from compress.journal import work_directory
 from compress.report import human_bytes
 from compress.walk import batch_rows
 
@@ -204,8 +205,11 @@ def check_disk(lock: Lock) -> None:
     folder = lock.plan.resolve(lock.plan.run.output).absolute()
     while not folder.exists():
         folder = folder.parent
+    output = lock.plan.resolve(lock.plan.run.output)
+    held = work_directory(output)
+    there = sum(path.stat().st_size for path in held.rglob("*") if path.is_file()) if held.is_dir() else 0
     free = shutil.disk_usage(folder).free
-    if free < disk_bytes(lock):
+    if free + there < disk_bytes(lock):
         raise PlanError(
             f"the run needs {human_bytes(disk_bytes(lock))} on the disk of its output, {human_bytes(free)} are free",
             where=lock.plan.source.where(("run", "output")),

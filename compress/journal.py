@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import OutputError
@@ -35,7 +36,7 @@ class Workspace:
             OutputError: it cannot be created, or another run holds it.
         """
         self.output = output
-        self.directory = output.parent / f".{output.name}.compress"
+        self.directory = work_directory(output)
         self.staging = self.directory / "output"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -67,8 +68,14 @@ class Workspace:
                     fix="wait for it, stop it, or choose another output",
                 ) from None
             if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-                os.ftruncate(handle, 0)
-                os.write(handle, f"{os.getpid()}\n".encode())
+                try:
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"{os.getpid()}\n".encode())
+                except OSError:  # the lock goes with the handle; what was just made goes, too
+                    os.close(handle)
+                    if not self._journal.exists():
+                        shutil.rmtree(self.directory, ignore_errors=True)
+                    raise
                 return handle
             os.close(handle)
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -207,9 +214,14 @@ class Workspace:
             shutil.rmtree(old, ignore_errors=True)  # of a run that was killed after it had replaced the output
             self.output.rename(old)
         self.staging.rename(self.output)
-        sync(self.output.parent)
+        with suppress(OSError):  # the output is complete and in place: what fails now must not look like a failed run
+            sync(self.output.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Release the lock and remove the work directory."""
         self.close()
-        shutil.rmtree(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
         """Release the lock; the work directory stays for the next run."""
@@ -218,10 +230,15 @@ class Workspace:
             os.close(self._lock)
             self._lock = -1
 
-    def discard_if_empty(self) -> None:
-        """Remove the work directory of a run that failed before it did anything."""
-        if not self._entries:
+    def discard_without_blocks(self) -> None:
+        """Remove the work directory of a run that compressed nothing yet."""
+        if not self.entries("block"):
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def work_directory(output: Path) -> Path:
+    """Where a run towards an output keeps its journal: beside it."""
+    return output.parent / f".{output.name}.compress"
 
 
 def sync(path: Path) -> None:

@@ -18,6 +18,7 @@ from compress.calibration.plan_source import SELF, located
 from compress.calibration.sources import is_file
 from compress.checkpoint import Checkpoint, Shard, Slot, index_text, lay_out
 from compress.errors import CompressError, ModelError, PlanError, nearest
+from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
 from compress.passes.base import Invariant, LinearPass, Pass, SettingError, Statistics, matches
 from compress.stream import Skeleton
@@ -160,6 +161,7 @@ def compile_plan(plan: Plan) -> Lock:
     lock = Lock(plan, directory, checkpoint, config, skeleton, linears, sweeps, shards, warnings)
     _check_calibration(lock)
     _check_texts(plan)
+    copied_files(directory, code=plan.model.trust_remote_code)
     return lock
 
 
@@ -251,7 +253,7 @@ def _must_match(pattern: str, names: list[str], source: Source, location: tuple[
     if any(matches(name, (pattern,)) for name in names):
         return
     leaf = {name.rsplit(".", 1)[-1]: f"*.{name.rsplit('.', 1)[-1]}" for name in names}
-    close = nearest(pattern.rsplit(".", 1)[-1], leaf) or nearest(pattern, names)
+    close = nearest(pattern, [*leaf.values(), *leaf, *names])
     some = ", ".join(list(dict.fromkeys(leaf.values()))[:8])
     raise PlanError(
         f'"{pattern}" matches no linear{close}', where=source.where(location), fix=f"patterns that match: {some}"

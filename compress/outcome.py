@@ -6,8 +6,9 @@ import hashlib
 import json
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,23 +34,26 @@ from compress.report import (
 from compress.state import unpack_bits
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from compress.export.huggingface import FinalTensors
     from compress.lock import Lock
     from compress.pipeline import _Run
 
 
 def identity(lock: Lock) -> dict[str, str]:
-    """What a journal must agree on to be resumed, by the name a refusal gives it."""
+    """What a journal must agree on to be resumed, by the name a refusal gives it. Reads every weight once."""
     plan = json.dumps(lock.plan.canonical(), sort_keys=True)
-    model = config_digest(lock.directory) + lock.checkpoint.digest()
+    model = config_digest(lock.directory) + lock.checkpoint.digest() + lock.skeleton.digest()
     return {
         "plan": hashlib.sha256(plan.encode()).hexdigest(),
         "model": hashlib.sha256(model.encode()).hexdigest(),
         "data": source_digest(lock),
         "version": f"compress {__version__}, torch {torch.__version__}, transformers {version('transformers')}",
     }
+
+
+def emitted_lock(lock: Lock, known: dict[str, str]) -> dict[str, Any]:
+    """The lock as it is written beside the weights: with what it was made of, so that a change of that is seen."""
+    return lock.to_json() | {"made_of": {"model": known["model"], "data": known["data"]}}
 
 
 def assemble(run: _Run, verified: VerifiedInfo, tensors: FinalTensors) -> Report:
@@ -111,7 +115,11 @@ def environment(device: torch.device) -> Environment:
 def publish_report(run: _Run, report: Report) -> None:
     """Write report and model card into the staged directory."""
     write_report(report, run.work.staging)
-    write_card(report, run.work.staging, run.lock.plan.model.path, _license(run.lock.directory))
+    model = run.lock.plan.model
+    local = run.lock.plan.resolve(model.path).is_dir()  # only its name is the reader's business
+    write_card(
+        report, run.work.staging, f"./{Path(model.path).name}" if local else model.path, _license(run.lock.directory)
+    )
 
 
 def _license(directory: Path) -> str | None:

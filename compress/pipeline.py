@@ -24,9 +24,9 @@ from compress.estimate import Mode, check_disk, choose_mode, peak_memory, reset_
 from compress.export.huggingface import FinalTensors, export
 from compress.export.verify import verify
 from compress.invariants import check_invariants
-from compress.journal import Workspace, file_checksum
+from compress.journal import Workspace, file_checksum, work_directory
 from compress.lock import Linear, Lock, compile_plan
-from compress.outcome import assemble, identity, publish_report
+from compress.outcome import assemble, emitted_lock, identity, publish_report
 from compress.passes.base import LinearPass
 from compress.progress import Progress
 from compress.report import BlockLine, LedgerLine, Report, VerifiedInfo, load_report
@@ -60,12 +60,15 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
     progress = progress or Progress()
     progress.phase("check")
     lock = compile_plan(plan)
-    output = plan.resolve(plan.run.output)
-    finished = _finished(lock, output, overwrite=overwrite)
-    if finished:
-        progress.say(f"{output} already holds the result of this plan")
-        return finished
     mode = choose_mode(lock)
+    output = plan.resolve(plan.run.output)
+    known = identity(lock)
+    finished = _finished(lock, known, output, overwrite=overwrite)
+    if finished:
+        if work_directory(output).is_dir():  # a kill between the last two steps left it
+            Workspace(output).remove()
+        progress.say(f"{output} already holds the result of this plan; compress eval measures it anew")
+        return finished
     check_disk(lock)
     workspace = Workspace(output)
     threads = torch.get_num_threads()
@@ -73,7 +76,10 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
     try:
         torch.set_float32_matmul_precision("highest")  # decision D5: no TF32 in statistics
         with torch.no_grad():
-            return _Run(lock, mode, workspace, progress, restart=restart).carry_out()
+            return _Run(lock, mode, workspace, progress, known, restart=restart).carry_out()
+    except PlanError:
+        workspace.discard_without_blocks()  # so that the mended plan finds no journal of the wrong one
+        raise
     except OSError as error:
         raise RunError(
             f"{error.strerror or error}: {error.filename or output}",
@@ -85,21 +91,31 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         workspace.close()
-        workspace.discard_if_empty()
 
 
-def _finished(lock: Lock, output: Path, *, overwrite: bool) -> Report | None:
+def _finished(lock: Lock, known: dict[str, str], output: Path, *, overwrite: bool) -> Report | None:
     """The report of an output that this very plan has written; refuses any other content."""
+    if output.is_symlink():
+        raise OutputError("is a link", where=str(output), fix="give the directory that it leads to")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    made_here = (output / "lock.json").is_file()
-    if made_here and not overwrite and read_json(output / "lock.json") == lock.to_json():
+    made_here = _made_here(output)
+    if made_here and not overwrite and read_json(output / "lock.json") == emitted_lock(lock, known):
         return load_report(output)
     if made_here and overwrite:
         return None
     problem = "holds the result of another plan" if made_here else "exists and is not an output of compress"
     fix = "choose another output, or replace it with --overwrite" if made_here else "choose another output"
     raise OutputError(problem, where=str(output), fix=fix)
+
+
+def _made_here(output: Path) -> bool:
+    """Whether a directory is a whole output of compress, which --overwrite may replace."""
+    try:
+        lock = read_json(output / "lock.json")
+    except CompressError:
+        return False
+    return "compress_version" in lock and "linears" in lock and (output / "report.json").is_file()
 
 
 @dataclass
@@ -110,6 +126,7 @@ class _Run:
     mode: Mode
     work: Workspace
     progress: Progress
+    identity: dict[str, str]
     restart: bool
     tokens: TokenSet | None = None
     resumed: int = 0
@@ -134,7 +151,7 @@ class _Run:
         self.progress.phase("export", "export")
         tensors = FinalTensors(self.lock, self._final_state)
         self._clear_staging()
-        export(self.lock, tensors, self.work.staging)
+        export(self.lock, emitted_lock(self.lock, self.identity), tensors, self.work.staging)
         self.progress.phase("verify", "verify")
         count, size = verify(tensors, self.work.staging)
         self.progress.say(f"  {count} tensors read back, equal bit for bit")
@@ -149,7 +166,7 @@ class _Run:
         plan = self.lock.plan
         if self.restart:
             self.work.forget()
-        if self.work.identify(identity(self.lock), plan.canonical()):
+        if self.work.identify(self.identity, plan.canonical()):
             self.resumed = len(self.work.entries("resume")) + 1
             for sweep in range(len(self.lock.sweeps)):
                 if not all(self._intact(entry) for entry in self.work.entries("block", sweep=sweep)):
@@ -164,12 +181,6 @@ class _Run:
         torch.set_num_threads(began[0]["threads"])  # the order of additions depends on it
 
     def _intact(self, entry: dict[str, Any]) -> bool:
-        if entry["sweep"] == 0 and entry["source"] != self.skeleton.block_digest(entry["block"]):
-            raise OutputError(
-                f"holds the journal of a run with another model: the weights of block {entry['block']} have changed",
-                where=str(self.work.directory),
-                fix="restore the model, or start over with --restart",
-            )
         return bool(file_checksum(self.work.directory / entry["file"]) == entry["sha256"])
 
     def _calibration(self) -> TokenSet:
@@ -385,7 +396,7 @@ class _Run:
     ) -> None:
         """Hand what the block became to the writing thread, and let the journal vouch for it."""
         self.work.flush()  # at most one block behind
-        directory, source = self.work.directory, self.skeleton.read_digest
+        directory = self.work.directory
         (shard,) = lay_out(slots_of(artifact), 1 << 62)
         shard = Shard(f"block-{sweep}-{index:05d}.safetensors", shard.slots)
         line = BlockLine(sweep=sweep, index=index, seconds=seconds, peak_memory_bytes=peak_memory(self.mode.device))
@@ -398,7 +409,6 @@ class _Run:
                 "block": index,
                 "file": shard.file,
                 "sha256": checksum,
-                "source": source,
                 "ledger": [line.model_dump(mode="json") for line in ledger],
                 "line": line.model_dump(mode="json"),
                 "activations": {"file": flow.path.name, "sha256": flow.checksum} if flow else None,

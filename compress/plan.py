@@ -398,7 +398,7 @@ def _explain(error: ValidationError, cls: type[Settings], source: Source, prefix
         described = owner.model_fields.get(_field_name(owner, key)) if owner else None
         fix = f"{key} is {described.description}" if described and described.description else "correct the value"
         if cause is not None:
-            problem = str(cause)
+            problem = f"{cause}, not {first['input']!r}"
     return PlanError(problem + more, where=source.where(location), fix=fix)
 
 

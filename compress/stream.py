@@ -84,8 +84,6 @@ class Skeleton:
         self._inject: Tensor | None = None
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self._source = hashlib.sha256()
-        self.read_digest = ""  # of the block that was loaded last, as far as it came from the checkpoint
 
     def _match(self) -> None:
         """Map every parameter to the stored tensor that fills it; what the model does not know is `extra`."""
@@ -190,27 +188,26 @@ class Skeleton:
         parent, _, leaf = name.rpartition(".")
         module = self._module(parent)
         if leaf in module._parameters:
-            tensor = self._read(name) if value is None else value
-            if not bool(torch.isfinite(tensor).all()):
-                raise RunError(
-                    f"{self.stored[name]} holds NaN or infinity",
-                    where=str(self.checkpoint.directory),
-                    fix="repair or re-download the model; nothing was written",
-                )
+            tensor = self._checked(self.stored[name]) if value is None else value
             tensor = tensor.to(device=self.device, dtype=self.dtype)
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
-    def _read(self, name: str) -> Tensor:
-        tensor = self.checkpoint.read(self.stored[name])
-        self._source.update(raw_bytes(tensor))
-        return tensor
+    def digest(self) -> str:
+        """SHA-256 over all stored tensors, each read once. Raises RunError for NaN or infinity in a parameter."""
+        digest = hashlib.sha256()
+        for stored in sorted(self.checkpoint.tensors):
+            digest.update(raw_bytes(self._checked(stored)))
+        return digest.hexdigest()
 
-    def block_digest(self, index: int) -> str:
-        """SHA-256 over the stored bytes of a block's tensors, in order."""
-        self._source = hashlib.sha256()
-        for name in self.block_parameters(index):
-            self._read(name)
-        return self._source.hexdigest()
+    def _checked(self, stored: str) -> Tensor:
+        tensor = self.checkpoint.read(stored)
+        if stored not in self.extra and not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"{stored} holds NaN or infinity",
+                where=str(self.checkpoint.directory),
+                fix="repair or re-download the model; nothing was written",
+            )
+        return tensor
 
     def _module(self, name: str) -> nn.Module:
         """A submodule by full name; those of blocks are found behind their stubs."""
@@ -248,13 +245,11 @@ class Skeleton:
         """
         names = self.block_parameters(index)
         block = self.blocks[index]
-        self._source = hashlib.sha256()
         try:
             for module_name, module in block.named_modules():
                 self._make_buffers(self.prefix(index) + module_name, module)
             for name in names:
                 self._load(name, (replaced or {}).get(name))
-            self.read_digest = self._source.hexdigest()
             yield block
         finally:
             for name in names:

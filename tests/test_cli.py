@@ -45,10 +45,11 @@ LAYER = "model.layers.0.mlp.down_proj"
 
 
 class Slow(Wanda):
-    """Wanda that takes its time when the environment says so: something to interrupt."""
+    """Wanda that never ends in the second block when the environment says so: something to interrupt."""
 
     def apply(self, linear: LinearState, moments: Moments) -> Note:
-        time.sleep(float(os.environ.get("COMPRESS_TEST_SLEEP", "0")))
+        if ".layers.1." in linear.name:
+            time.sleep(float(os.environ.get("COMPRESS_TEST_SLEEP", "0")))
         return super().apply(linear, moments)
 
 
@@ -156,7 +157,9 @@ def test_check_prints_what_the_run_then_writes(folder: Path, capsys: pytest.Capt
     assert command(capsys, "plan.toml").code == 0
     for file in found["files"]:
         assert (folder / "out" / file["name"]).stat().st_size == file["bytes"]
-    assert json.loads((folder / "out" / "lock.json").read_text()) == found["lock"]
+    written = json.loads((folder / "out" / "lock.json").read_text())
+    assert set(written.pop("made_of")) == {"model", "data"}
+    assert written == found["lock"]
 
 
 def test_explain_tells_where_each_setting_comes_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,7 +203,6 @@ def test_report_prints_it_again(folder: Path, expected: dict[str, bytes], capsys
     assert files_of(folder / "out") == expected
 
 
-@pytest.mark.xfail(reason="the model card looks for the model's path from the working directory, not from the plan")
 def test_the_working_directory_changes_no_byte(
     folder: Path, expected: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +263,6 @@ def test_what_is_not_ours_stays_untouched(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.xfail(reason="pipeline._finished takes any lock.json for its own")
 @pytest.mark.parametrize("content", ["{}", '{"name": "another tool"}', "not JSON", "[]"])
 def test_a_lock_json_of_another_tool_makes_no_output_of_ours(
     content: str, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -279,7 +280,6 @@ def test_an_empty_directory_is_a_fine_output(folder: Path, capsys: pytest.Captur
     assert command(capsys, "plan.toml").code == 0
 
 
-@pytest.mark.xfail(reason="journal.publish renames onto the link, after all the work")
 def test_a_link_to_an_empty_directory_is_used_or_refused_before_the_work(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,19 +343,21 @@ def test_a_full_disk_at_any_time_is_resumed(
     assert command(capsys, "plan.toml").code == 0
     total = counter.calls
     assert total > 10
-    for at in {1, 2, 3, *range(4, total + 1, 4), total}:
+    for at in {1, 2, 3, *range(4, total, 4)}:
         shutil.rmtree(folder / "out")
         monkeypatch.setattr(os, "fsync", Failing(at))
         message = refused(capsys, "plan.toml", code=3)
         assert "No space left on device" in message
         assert "the same command" in message
-        if (folder / "out").exists():  # only the very last sync comes after the rename
-            assert files_of(folder / "out") == expected, at
+        assert not (folder / "out").exists()
         assert command(capsys, "plan.toml").code == 0, at
         assert files_of(folder / "out") == expected, at
-        # After the last sync, that of the rename, the finished output hides the work directory from the next run.
-        assert left_behind(folder) == ["out"] or at == total
-        shutil.rmtree(folder / ".out.compress", ignore_errors=True)
+        assert left_behind(folder) == ["out"]
+    shutil.rmtree(folder / "out")
+    monkeypatch.setattr(os, "fsync", Failing(total))  # the very last sync comes after the rename: nothing is lost
+    assert command(capsys, "plan.toml").code == 0
+    assert files_of(folder / "out") == expected
+    assert left_behind(folder) == ["out"]
 
 
 @pytest.fixture
@@ -402,7 +404,6 @@ def test_a_disk_that_is_full_in_earnest(
     }
 
 
-@pytest.mark.xfail(reason="Workspace._acquire leaks the lock when its write fails")
 def test_a_start_that_fails_holds_no_lock(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,7 +419,6 @@ def test_a_start_that_fails_holds_no_lock(
     assert command(capsys, "plan.toml").code == 0
 
 
-@pytest.mark.xfail(reason="estimate.check_disk asks again for what the journal already holds")
 def test_a_resumed_run_needs_only_the_rest_of_the_disk(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,7 +472,7 @@ def test_a_signal_interrupts_and_the_same_command_resumes(
     plans = {number: f"{name}.toml" for number, name in ((signal.SIGINT, "int"), (signal.SIGTERM, "term"))}
     for plan in (*plans.values(), "plain.toml"):
         (folder / plan).write_text(text.replace('"out"', f'"{plan}.out"'))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COMPRESS_TEST_SLEEP": "0.1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COMPRESS_TEST_SLEEP": "60", "PYTHONUNBUFFERED": "1"}
     runs = {
         number: subprocess.Popen(
             [sys.executable, "-m", "compress", plan],

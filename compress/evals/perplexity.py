@@ -65,7 +65,7 @@ def evaluate(
     with torch.no_grad():
         models = [_open(directory, device, trust_remote_code=trust_remote_code)]
         models += [_open(dense, device, trust_remote_code=trust_remote_code)] if dense else []
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
         return tuple(_one_text(text, models, tokenizer, settings, folder, keep=keep) for text in settings.perplexity)
 
 

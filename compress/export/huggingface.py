@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import INDEX, Checkpoint, index_text, write_shard
+from compress.checkpoint import INDEX, index_text, is_inside, write_shard
+from compress.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,23 +58,30 @@ class FinalTensors:
         return weight.T.contiguous() if linear.transposed else weight
 
 
-def export(lock: Lock, tensors: FinalTensors, directory: Path) -> None:
-    """Write the model into `directory`, which must be empty, one tensor in memory at a time."""
+def export(lock: Lock, lock_json: dict[str, Any], tensors: FinalTensors, directory: Path) -> None:
+    """Write the model, its plan and `lock_json` into `directory`, which must be empty, a tensor at a time."""
     for shard in lock.shards:
         write_shard(shard, directory, tensors)
     index = index_text(list(lock.shards))
     if index:
         (directory / INDEX).write_text(index, encoding="utf-8")
-    patterns = (*COPIED, "*.py") if lock.plan.model.trust_remote_code else COPIED
-    for pattern in patterns:
-        for path in sorted(lock.directory.glob(pattern)):
-            if path.is_file() and path.name not in (INDEX,) and path.suffix != ".safetensors":
-                shutil.copyfile(path, directory / path.name)
+    for path in copied_files(lock.directory, code=lock.plan.model.trust_remote_code):
+        shutil.copyfile(path, directory / path.name)
     (directory / "plan.toml").write_text(lock.plan.source.text, encoding="utf-8")
-    text = json.dumps(lock.to_json(), indent=1, sort_keys=True)
+    text = json.dumps(lock_json, indent=1, sort_keys=True)
     (directory / "lock.json").write_text(text + "\n", encoding="utf-8")
 
 
-def emitted_checkpoint(directory: Path) -> Checkpoint:
-    """The tensors of an emitted directory."""
-    return Checkpoint(directory)
+def copied_files(directory: Path, *, code: bool) -> list[Path]:
+    """The files of a model directory that go along with the weights; `code`: its Python modules too.
+
+    Raises:
+        ModelError: one of them is a link that leads outside, and would publish what it points to.
+    """
+    patterns = (*COPIED, "*.py") if code else COPIED
+    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    for path in sorted(found):
+        if not is_inside(path, directory):
+            fix = "copy the file into the model directory, or remove the link"
+            raise ModelError("is a link that leads outside the model directory", where=str(path), fix=fix)
+    return sorted(path for path in found if path.name != INDEX and path.suffix != ".safetensors")

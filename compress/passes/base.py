@@ -110,7 +110,9 @@ class Pass(Settings):
             except ValidationError as error:  # the location is that of the table, not of the pass
                 first = error.errors()[0]
                 cause = first.get("ctx", {}).get("error")
-                fix = cause.fix if isinstance(cause, SettingError) else "correct the value"
+                field = type(self).model_fields.get(str(first["loc"][-1])) if first["loc"] else None
+                described = f"{first['loc'][-1]} is {field.description}" if field and field.description else None
+                fix = cause.fix if isinstance(cause, SettingError) else described or "correct the value"
                 problem = str(cause) if cause else f"{first['msg']}, not {first['input']!r}"
                 raise SettingError(problem, fix, ("where", index, *first["loc"])) from None
         return self
