@@ -8,6 +8,7 @@ from rich.table import Table
 
 from compress.estimate import check_disk, choose_mode, disk_bytes, seconds
 from compress.lock import compile_plan
+from compress.pipeline import refuse_foreign
 from compress.report import figure, human_bytes, human_seconds, percent
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ def check_plan(plan: Plan) -> dict[str, Any]:
     """Compile the lock and estimate its cost. Raises PlanError for whatever would stop the run at its start."""
     lock = compile_plan(plan)
     mode = choose_mode(lock)
+    there = refuse_foreign(plan.resolve(plan.run.output))
     check_disk(lock)
+    taken = (
+        ["the output is there already: its own plan is not run again, another plan needs --overwrite"] if there else []
+    )
     passes = []
     for index, one in enumerate(plan.passes):
         linears = [(linear, dict(linear.passes)[index]) for linear in lock.linears if index in dict(linear.passes)]
@@ -52,7 +57,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
         "activations": "memory" if mode.keep else "disk",
         "pausing": mode.pause,
         "seconds": seconds(lock, mode),
-        "warnings": list(lock.warnings),
+        "warnings": [*lock.warnings, *taken],
         "lock": lock.to_json(),
     }
 

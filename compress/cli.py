@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from compress import __version__
-from compress.errors import CompressError, PlanError, RunError
+from compress.errors import CompressError, PlanError, RunError, nearest
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -26,8 +26,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 app = App(
     name="compress",
-    help="Prune, quantize, repair and prove a language model, from one plan.\n\ncompress PLAN.toml runs the plan, "
-    "or resumes it.",
+    help="Compress a language model by a plan: prune it, prove what was written, measure it.\n\n"
+    "compress PLAN.toml runs the plan, or resumes it.",
     version=__version__,
     default_parameter=Parameter(negative=()),
     suppress_keyboard_interrupt=False,  # `main` says what becomes of the run
@@ -170,7 +170,7 @@ def report(directory: Path, /, *, as_json: Json = False) -> None:
 @app.command
 def schema() -> None:
     """Print the JSON Schema of a plan, for editors."""
-    from compress.plan import json_schema
+    from compress.schema import json_schema
 
     _print_json(json_schema())
 
@@ -194,7 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        word = (arguments if arguments is not None else sys.argv[1:] or [""])[0]
+        hint = "" if Path(word).suffix else nearest(word, ["check", "explain", "eval", "report", "schema"])
+        errors.print(f"error: {error}{hint}", style="red", highlight=False, markup=False, soft_wrap=True)
         errors.print("fix: see compress --help", highlight=False, markup=False)
         return 2
     except CompressError as error:

@@ -6,7 +6,6 @@ on the choice made here, only its speed: activations in memory or on disk, forwa
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from compress.calibration.moments import Statistics
 from compress.errors import PlanError
 from compress.journal import work_directory
+from compress.memory import resident_memory
 from compress.report import human_bytes
 from compress.walk import batch_rows
 
@@ -70,12 +70,11 @@ def choose_mode(lock: Lock) -> Mode:
     device = find_device(lock)
     stored = lock.checkpoint.tensors[lock.linears[0].stored].torch_dtype
     dtype = torch.float32 if device.type == "cpu" else stored  # float16 is slow and coarse on a CPU
-    allowed = lock.plan.run.memory
+    allowed, refresh = lock.plan.run.memory, lock.plan.run.refresh
     limit = int(allowed) if allowed else int(0.9 * _available(device))
-    modes = [
-        Mode(device, dtype, k, p, memory(lock, keep=k, pause=p))
-        for k, p in ((True, True), (True, False), (False, False))
-    ]
+    # Statistics of a whole block leave nothing to wait for.
+    ways = ((True, True), (True, False), (False, False)) if refresh == "subset" else ((True, False), (False, False))
+    modes = [Mode(device, dtype, keep, pause, memory(lock, keep=keep, pause=pause)) for keep, pause in ways]
     for mode in modes:
         if mode.peak <= limit:
             return mode
@@ -105,8 +104,10 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
     batch = _batch_tokens(lock)
     forward = 4 * batch * (4 * skeleton.width + 3 * widest)
     done = [linear for linear in lock.in_block(0) if linear.passes]
-    # What the journal keeps of a block shares the float32 weights of a float32 model.
-    kept = sum(lin.weights // 8 + (sizes[f"{lin.name}.weight"] if lin.dtype != "F32" else 0) for lin in done)
+    # What the journal keeps of a block: being collected from this one (it shares the float32 weights of a float32
+    # model) while that of the block before is being written.
+    shared = sum(sizes[f"{lin.name}.weight"] for lin in done if lin.dtype == "F32")
+    kept = 2 * sum(sizes[f"{lin.name}.weight"] + lin.weights // 8 for lin in done) - shared
     flow = _flow(lock, keep=keep, pause=pause)
     # float32 dense, current and solved weight, scores, and the int64 order of a sort
     solve = 32 * largest.weights
@@ -165,8 +166,8 @@ def seconds(lock: Lock, mode: Mode) -> float:
     work = 0.0
     for sweep in range(len(lock.sweeps)):
         stops = {(n.block, n.subset): n for n in lock.linears if lock.statistics(n, sweep)}
-        per_block = len(stops) / lock.blocks
-        forwards = 1.0 if mode.pause else 1.0 + per_block / 2
+        again = 1.0 if lock.plan.run.refresh == "block" else len(stops) / lock.blocks / 2
+        forwards = 1.0 if mode.pause else 1.0 + again
         work += forwards * 2.0 * tokens * sum(n.weights for n in lock.linears)
         for linear in stops.values():
             gram = lock.statistics(linear, sweep) is Statistics.GRAM
@@ -215,33 +216,6 @@ def check_disk(lock: Lock) -> None:
             where=lock.plan.source.where(("run", "output")),
             fix="free some space, or choose an output on another disk",
         )
-
-
-def resident_memory() -> int:
-    """Bytes of this process that are in memory now."""
-    return _status("VmRSS") or peak_memory(torch.device("cpu"))
-
-
-def peak_memory(device: torch.device) -> int:
-    """The largest number of bytes in memory since `reset_peak_memory`, or since the process began."""
-    peak = _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return max(peak, torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else peak
-
-
-def reset_peak_memory() -> None:
-    """Start `peak_memory` anew, where the system allows it (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
-def _status(key: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
 
 
 def _available(device: torch.device) -> int:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from compress.architecture import Architecture
-    from compress.plan import Plan, Source
+    from compress.plan import Plan
+    from compress.plan_text import Source
 
 # The rules of composition (DESIGN section 6). A pass names the rule that places it; what it may not break is what
 # earlier passes established and it does not preserve.
@@ -295,6 +296,8 @@ def _out_of_order(
         earlier = established[what]
         problem = f"{one.use()} would break the {what} that pass[{earlier}] {plan.passes[earlier].use()} makes"
         problem += f" for {linear.name}"
+    if not type(one).__module__.startswith("compress."):
+        fix += "; a pass of your own must list what it preserves"
     return PlanError(f"{problem}; rule {one.rule}: {rule}", where=plan.source.where(("pass", index)), fix=fix)
 
 

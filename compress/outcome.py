@@ -15,9 +15,9 @@ import torch
 from compress import __version__
 from compress.calibration.plan_source import source_digest
 from compress.card import write_card
-from compress.estimate import peak_memory
 from compress.evals.perplexity import evaluate
 from compress.hub import config_digest
+from compress.memory import peak_memory
 from compress.report import (
     BlockLine,
     CalibrationInfo,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from compress.pipeline import _Run
 
 
-def identity(lock: Lock) -> dict[str, str]:
+def identity(lock: Lock, device: torch.device) -> dict[str, str]:
     """What a journal must agree on to be resumed, by the name a refusal gives it. Reads every weight once."""
     plan = json.dumps(lock.plan.canonical(), sort_keys=True)
     model = config_digest(lock.directory) + lock.checkpoint.digest() + lock.skeleton.digest()
@@ -48,6 +48,7 @@ def identity(lock: Lock) -> dict[str, str]:
         "model": hashlib.sha256(model.encode()).hexdigest(),
         "data": source_digest(lock),
         "version": f"compress {__version__}, torch {torch.__version__}, transformers {version('transformers')}",
+        "device": device.type,
     }
 
 
@@ -68,7 +69,9 @@ def assemble(run: _Run, verified: VerifiedInfo, tensors: FinalTensors) -> Report
     source = sum(lock.checkpoint.sizes.values())
     return Report(
         compress_version=__version__,
-        model=ModelInfo(path=plan.model.path, architecture=lock.config.model_type, parameters=parameters, bytes=source),
+        model=ModelInfo(
+            path=plan.model.path, architecture=type(lock.skeleton.model).__name__, parameters=parameters, bytes=source
+        ),
         output=OutputInfo(
             path=work.output.name,
             bytes=lock.output_bytes,

@@ -20,12 +20,13 @@ from compress.calibration.plan_source import make_tokens
 from compress.calibration.tokens import TokenSet
 from compress.checkpoint import Shard, lay_out, read_file, read_json, slots_of, write_shard
 from compress.errors import CompressError, OutputError, PlanError, RunError
-from compress.estimate import Mode, check_disk, choose_mode, peak_memory, reset_peak_memory
+from compress.estimate import Mode, check_disk, choose_mode
 from compress.export.huggingface import FinalTensors, export
 from compress.export.verify import verify
 from compress.invariants import check_invariants
 from compress.journal import Workspace, file_checksum, work_directory
 from compress.lock import Linear, Lock, compile_plan
+from compress.memory import peak_memory, reset_peak_memory, tame_allocator, trim
 from compress.outcome import assemble, emitted_lock, identity, publish_report
 from compress.passes.base import LinearPass
 from compress.progress import Progress
@@ -62,7 +63,7 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
     lock = compile_plan(plan)
     mode = choose_mode(lock)
     output = plan.resolve(plan.run.output)
-    known = identity(lock)
+    known = identity(lock, mode.device)
     finished = _finished(lock, known, output, overwrite=overwrite)
     if finished:
         if work_directory(output).is_dir():  # a kill between the last two steps left it
@@ -95,18 +96,23 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
 
 def _finished(lock: Lock, known: dict[str, str], output: Path, *, overwrite: bool) -> Report | None:
     """The report of an output that this very plan has written; refuses any other content."""
+    if not refuse_foreign(output) or overwrite:
+        return None
+    if read_json(output / "lock.json") == emitted_lock(lock, known):
+        return load_report(output)
+    fix = "choose another output, or replace it with --overwrite"
+    raise OutputError("holds the result of another plan", where=str(output), fix=fix)
+
+
+def refuse_foreign(output: Path) -> bool:
+    """Whether an output of compress is there already. Raises OutputError for anything else that is not empty."""
     if output.is_symlink():
         raise OutputError("is a link", where=str(output), fix="give the directory that it leads to")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    made_here = _made_here(output)
-    if made_here and not overwrite and read_json(output / "lock.json") == emitted_lock(lock, known):
-        return load_report(output)
-    if made_here and overwrite:
-        return None
-    problem = "holds the result of another plan" if made_here else "exists and is not an output of compress"
-    fix = "choose another output, or replace it with --overwrite" if made_here else "choose another output"
-    raise OutputError(problem, where=str(output), fix=fix)
+        return False
+    if not _made_here(output):
+        raise OutputError("exists and is not an output of compress", where=str(output), fix="choose another output")
+    return True
 
 
 def _made_here(output: Path) -> bool:
@@ -138,6 +144,7 @@ class _Run:
 
     def carry_out(self) -> Report:
         began = time.perf_counter()
+        tame_allocator()
         reset_peak_memory()
         self._begin()
         self.skeleton.to(self.mode.device, self.mode.dtype)
@@ -225,6 +232,8 @@ class _Run:
             seconds = time.perf_counter() - began
             self._commit(sweep, index, flow, ledger, artifact, seconds)
             self._show(index, ledger, seconds)
+            del artifact  # the journal's now
+            trim()
 
     def _survey(self, sweep: int) -> dict[int, dict[str, dict[str, Any]]]:
         """Settings that passes of this sweep draw from the whole model, by pass and linear; journaled."""

@@ -7,10 +7,10 @@ is one `PlanError` that names file, line and key, the nearest valid name and the
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,13 +19,12 @@ from pydantic import ByteSize, Field, PrivateAttr, SerializeAsAny, ValidationErr
 from compress import passes as builtin_passes
 from compress.errors import PlanError, nearest
 from compress.passes.base import Pass, Patterns, SettingError
+from compress.plan_text import Location, Source
 from compress.settings import Settings
 from compress.state import Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-Location = tuple[str | int, ...]
 
 
 class Model(Settings):
@@ -119,7 +118,7 @@ class Plan(Settings):
 
     def resolve(self, path: str) -> Path:
         """A path of the plan as one that can be opened."""
-        return self.folder / Path(path).expanduser()
+        return Path(os.path.normpath(self.folder / Path(path).expanduser()))
 
     def tables(self) -> dict[str, Any]:
         """The plan as TOML tables: what was set, under the plan's key names."""
@@ -212,90 +211,9 @@ def _refuse_python_names(cls: type[Settings], table: dict[str, Any]) -> None:
     """``except_`` and ``passes`` are how Python spells ``except`` and ``pass``; a plan file has one spelling."""
     for name, field in cls.model_fields.items():
         if field.alias and name != field.alias and name in table:
-            names = _keys(cls)
+            names = key_names(cls)
             fix = f"the keys of this table are {', '.join(names)}"
             raise SettingError(f'unknown key "{name}"; did you mean "{field.alias}"?', fix, (name,))
-
-
-@dataclass(frozen=True)
-class Source:
-    """The text of a plan, to quote it and to name lines of it."""
-
-    path: Path | None
-    text: str
-
-    @property
-    def name(self) -> str:
-        """What messages call the plan."""
-        return str(self.path) if self.path else "plan"
-
-    def line(self, location: Location) -> int | None:
-        """The line (from 1) of a key, or of the nearest table that encloses it."""
-        lines: dict[Location, int] = {}
-        for known, number in _lines(self.text):
-            for length in range(1, len(known) + 1):  # a dotted key or an element begins what encloses it, too
-                lines.setdefault(known[:length], number)
-        while location and location not in lines:
-            location = location[:-1]
-        return lines.get(location)
-
-    def where(self, location: Location) -> str:
-        """``plan.toml:12: pass[0].sparsity`` for messages."""
-        line = self.line(location) if self.path else None
-        at = f"{self.name}:{line}" if line else self.name
-        dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-        return f"{at}: {dotted}" if dotted else at
-
-
-_KEY = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
-_DOTTED = re.compile(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*")
-
-
-def _lines(text: str) -> Iterator[tuple[Location, int]]:
-    """Each table header and key of a TOML text with its line; tomllib keeps no positions."""
-    table: Location = ()
-    arrays: dict[Location, int] = {}
-    for number, line in _statements(text):
-        header = re.match(rf"\s*(\[\[?){_DOTTED.pattern}\]", line)
-        if header:
-            table = ()
-            parts = _split(header[2])
-            for depth, part in enumerate(parts):
-                table += (part,)
-                last = depth == len(parts) - 1
-                if last and header[1] == "[[":
-                    arrays[table] = arrays.get(table, -1) + 1
-                    # A new element starts the arrays below it anew.
-                    arrays = {key: n for key, n in arrays.items() if key[: len(table)] != table or key == table}
-                if table in arrays:
-                    table += (arrays[table],)
-            yield table, number
-            continue
-        key = re.match(rf"{_DOTTED.pattern}=", line)
-        if key:
-            yield table + _split(key[1]), number
-
-
-# Strings of all four kinds, comments, brackets and line ends: what decides whether a line begins a statement.
-_TOKEN = re.compile(
-    r'''"""(?:\\.|[^\\])*?"{3,5}|\'{3}.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*|[\[\]{}\n]''', re.DOTALL
-)
-
-
-def _statements(text: str) -> Iterator[tuple[int, str]]:
-    """The lines (from 1) that begin a header or a key: those not inside an array or a multi-line string."""
-    lines = text.split("\n")
-    number, depth = 1, 0
-    yield 1, lines[0]
-    for token in _TOKEN.findall(text):
-        depth += (token in ("[", "{")) - (token in ("]", "}"))
-        number += token.count("\n")
-        if token == "\n" and depth == 0:
-            yield number, lines[number - 1]
-
-
-def _split(dotted: str) -> tuple[str, ...]:
-    return tuple(part.strip("\"'") for part in re.findall(_KEY, dotted))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -380,7 +298,7 @@ def _explain(error: ValidationError, cls: type[Settings], source: Source, prefix
     owner = _owner(cls, tuple(first["loc"]))
     key = str(location[-1]) if location else ""
     if first["type"] == "extra_forbidden":
-        names = _keys(owner)
+        names = key_names(owner)
         problem = f'unknown key "{key}"{nearest(key, names)}'
         fix = f"the keys of this table are {', '.join(names)}"
     elif first["type"] == "missing":
@@ -422,49 +340,6 @@ def _field_name(cls: type[Settings], key: str) -> str:
     return next((name for name, field in cls.model_fields.items() if key in (name, field.alias)), key)
 
 
-def _keys(cls: type[Settings]) -> list[str]:
+def key_names(cls: type[Settings]) -> list[str]:
     names = [field.alias or name for name, field in cls.model_fields.items()]
     return ["use", *names] if issubclass(cls, Pass) else names
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a plan, for editors (``compress schema``). Passes of other packages are allowed by name."""
-    schema = Plan.model_json_schema(by_alias=True)
-    definitions = schema.setdefault("$defs", {})
-    tables = []
-    for use, cls in sorted(pass_classes().items()):
-        one = cls.model_json_schema(by_alias=True)
-        definitions |= one.pop("$defs", {})
-        one["properties"] = {"use": {"const": use, "description": (cls.__doc__ or "").split("\n")[0]}} | one[
-            "properties"
-        ]
-        one["required"] = ["use", *one.get("required", [])]
-        # A `where` takes the pass's own settings, and no other key.
-        own_settings = {key: one["properties"][key] for key in _keys(cls)[1:] if key not in _keys(Pass)}
-        where = definitions["Where"]
-        closed = {"properties": where["properties"] | own_settings, "additionalProperties": False}
-        one["properties"]["where"] = one["properties"]["where"] | {"items": where | closed}
-        definitions[cls.__name__] = one
-        tables.append({"$ref": f"#/$defs/{cls.__name__}"})
-    own = {
-        "type": "object",
-        "properties": {"use": {"type": "string", "pattern": "^[A-Za-z_][\\w.]*:[A-Za-z_]\\w*$"}},
-        "required": ["use"],
-    }
-    schema["properties"]["pass"] = {"type": "array", "minItems": 1, "items": {"anyOf": [*tables, own]}}
-    for unused in ("Pass", "Where"):
-        definitions.pop(unused, None)
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {**head, **_one_or_many(schema), "title": "compress plan"}
-
-
-def _one_or_many(value: Any) -> Any:
-    """A schema in which a list of strings may be a single string, as it may in a plan."""
-    if isinstance(value, list):
-        return [_one_or_many(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.get("type") == "array" and value.get("items") == {"type": "string"}:
-        rest = {key: item for key, item in value.items() if key not in ("type", "items")}
-        return rest | {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    return {key: _one_or_many(item) for key, item in value.items()}

@@ -43,7 +43,7 @@ class Progress:
     def sweep(self, sweep: int, total: int, first: int, names: list[str]) -> None:
         """A walk over the blocks begins at block `first`."""
         self._sweep_began, self._done_before = time.perf_counter(), first
-        again = f", from block {first}" if first else ""
+        again = f", from block {first + 1}" if first else ""
         self.phase("sweep", f"sweep {sweep + 1} of {total}: {' → '.join(names)}{again}")
 
     def block(self, index: int, total: int, errors: dict[str, float], sparsity: float, seconds: float) -> None:
@@ -54,4 +54,5 @@ class Progress:
         width = len(str(total))
         eta = f"eta {human_seconds(left)}" if index + 1 < total else "done"
         counted = f"{index + 1:>{width}}/{total}"
-        self.say(f"  block {counted}  error {shown}  zeros {sparsity:.1%}  {human_seconds(seconds)}  {eta}")
+        done_what = f"error {shown}  zeros {sparsity:.1%}" if errors else "no pass"
+        self.say(f"  block {counted}  {done_what}  {human_seconds(seconds)}  {eta}")

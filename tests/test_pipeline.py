@@ -389,6 +389,25 @@ def test_where_and_except_reach_the_output(tmp_path: Path) -> None:
     assert entry["passes"][0]["pattern"] == "1:4"
 
 
+@pytest.mark.xfail(reason="Pass.for_linear merges the overrides before it drops what they replace", strict=True)
+def test_the_last_where_replaces_a_sparsity_by_a_pattern(tmp_path: Path) -> None:
+    tiny_directory(tmp_path / "model", "llama")
+    where = [{"match": "*.down_proj", "sparsity": 0.25}, {"match": "*.2.mlp.down_proj", "pattern": "1:4"}]
+    plan = plan_of(tmp_path, Wanda(sparsity=0.5, where=where))
+    compress.run(plan)
+    shares = {name: float(pruned.float().mean()) for name, pruned in pruned_of(plan).items()}
+    assert shares["model.layers.2.mlp.down_proj"] == 0.75
+    assert shares["model.layers.1.mlp.down_proj"] == 0.25
+
+
+@pytest.mark.xfail(reason="importing compress.check shadows the function of that name", strict=True)
+def test_check_can_be_called_twice(tmp_path: Path) -> None:
+    tiny_directory(tmp_path / "model", "llama")
+    plan = plan_of(tmp_path, PASSES["wanda"])
+    compress.check(plan)
+    compress.check(plan)
+
+
 @pytest.mark.parametrize("refresh", ["block", "subset"])
 def test_a_memory_limit_changes_how_but_not_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: str) -> None:
     tiny_directory(tmp_path / "model", "llama")

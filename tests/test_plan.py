@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 import compress
 from compress.errors import PlanError
 from compress.passes import Magnitude, SparseGPT, Wanda, Where
-from compress.plan import Calibration, Evaluate, Export, Model, Plan, Run, Source, json_schema, load_plan, parse_plan
+from compress.plan import Calibration, Evaluate, Export, Model, Plan, Run, load_plan, parse_plan
+from compress.plan_text import Source
+from compress.schema import json_schema
 from compress.state import Pattern
 from tests.conftest import tiny_directory
 from tests.test_cli import PLAN, command, refused
@@ -157,10 +159,10 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "second where": (
         PLAN + WHERE + "  sparsity = 0.1\n" + WHERE.replace("down", "dwn") + "  sparsity = 0.1\n",
         "18: pass[0].where[1].match",
-        'did you mean "down_proj"?',
+        'did you mean "*.down_proj"?',
         "*.down_proj",
     ),
-    "except nothing": (PLAN + 'except = ["*.q_prj"]\n', "14: pass[0].except", 'did you mean "q_proj"?', "*.q_proj"),
+    "except nothing": (PLAN + 'except = ["*.q_prj"]\n', "14: pass[0].except", 'did you mean "*.q_proj"?', "*.q_proj"),
     "match nothing": (PLAN + 'match = ["*.Q_PROJ"]\n', "14: pass[0].match", '"*.Q_PROJ" matches no', "*.q_proj"),
     "match the head": (PLAN + 'match = "lm_head"\n', "14: pass[0].match", "output head", "leave the head dense"),
     "except all": (PLAN + 'except = "*"\n', "11: pass[0]", "excepts every linear", "remove an except"),

@@ -208,16 +208,6 @@ def start_over(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-# The rename that publishes has happened, the work directory is not yet gone: see `leftover` below.
-def published(folder: Path) -> bool:
-    return (folder / "out").exists()
-
-
-def leftover(folder: Path) -> None:
-    """Known: a run killed between its last rename and its last rmtree leaves the work directory for good."""
-    shutil.rmtree(folder / ".out.compress", ignore_errors=True)
-
-
 def kill_at_every(runner: Runner, folder: Path, points: list[str], step: int = 1, offset: int = 0) -> int:
     total = runner(folder, points=points)
     assert total["status"] == 0
@@ -227,12 +217,9 @@ def kill_at_every(runner: Runner, folder: Path, points: list[str], step: int = 1
         start_over(folder)
         found = runner(folder, points=points, kill_at=number)
         assert found["status"] == -signal.SIGKILL, (number, found)
-        complete = published(folder)
-        if complete:
+        if (folder / "out").exists():
             assert files_of(folder / "out") == files_of(folder / "reference"), number
         assert runner(folder)["status"] == 0, number
-        if complete:
-            leftover(folder)
         assert_finished(folder)
         kills += 1
     return kills
@@ -259,10 +246,7 @@ def test_killed_at_random_times(runner: Runner, folder: Path, kills: int) -> Non
     for _ in range(kills):
         start_over(folder)
         died += runner(folder, after=draw.uniform(0.02, usual))["status"] == -signal.SIGKILL
-        complete = published(folder)
         assert runner(folder)["status"] == 0
-        if complete:
-            leftover(folder)
         assert_finished(folder)
     assert died > kills / 2
 
@@ -274,7 +258,6 @@ def test_killed_again_and_again(runner: Runner, folder: Path) -> None:
         deaths += 1
         assert deaths < 40
     assert deaths > 3
-    leftover(folder)
     assert_finished(folder)
 
 
@@ -479,6 +462,17 @@ def test_another_plan_is_refused_by_name(
     (folder / "plan.toml").write_text(text)
     run(folder)
     assert_finished(folder)
+
+
+@pytest.mark.xfail(reason="run() discards a journal without blocks on any PlanError, this one included", strict=True)
+def test_another_plans_journal_is_left_alone_before_its_first_block(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibration set may have taken an hour (source = "self")."""
+    work = interrupt(folder, monkeypatch, 0, 0)
+    text = (folder / "plan.toml").read_text()
+    (folder / "plan.toml").write_text(text.replace("sparsity = 0.3", "sparsity = 0.4"))
+    refused(folder, work, "another plan")
 
 
 def test_settings_that_change_no_byte_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

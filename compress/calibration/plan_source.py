@@ -21,6 +21,8 @@ SELF = "self"
 def located(source: str, folder: Path) -> str:
     """A source as it can be opened: a file is looked for from `folder` on, a dataset's name stays."""
     path = folder / Path(source).expanduser()
+    if path.is_dir():  # a dataset in a local directory
+        return str(path)
     return str(path) if is_file(str(path)) and (path.exists() or is_file(source)) else source
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 import compress
 from compress import pipeline
 from compress.calibration.moments import Moments, Statistics
+from compress.checkpoint import Checkpoint
 from compress.errors import RunError
-from compress.export.huggingface import FinalTensors, emitted_checkpoint, export
+from compress.export.huggingface import FinalTensors, export
 from compress.export.verify import read_independently, same_bits, verify
 from compress.lock import compile_plan
 from compress.passes import Magnitude
@@ -63,7 +64,7 @@ class Emitted:
         self.tensors = FinalTensors(self.lock, pruned_states(self.lock))
         self.directory = folder / "emitted"
         self.directory.mkdir()
-        export(self.lock, self.tensors, self.directory)
+        export(self.lock, self.lock.to_json(), self.tensors, self.directory)
 
     def shard_of(self, name: str) -> Path:
         index = json.loads((self.directory / "model.safetensors.index.json").read_text())
@@ -83,7 +84,7 @@ def emitted(request: pytest.FixtureRequest, tmp_path: Path) -> Emitted:
 
 
 def test_what_was_written_is_accepted(emitted: Emitted) -> None:
-    checkpoint = emitted_checkpoint(emitted.directory)
+    checkpoint = Checkpoint(emitted.directory)
     size = sum(info.bytes for info in checkpoint.tensors.values())
     assert verify(emitted.tensors, emitted.directory) == (len(emitted.lock.checkpoint.tensors), size)
     assert {p.name: p.stat().st_size for p in emitted.directory.glob("*.safetensors")} == {
@@ -206,8 +207,9 @@ def test_a_run_whose_output_was_damaged_publishes_nothing(tmp_path: Path, monkey
         passes=[Magnitude(sparsity=0.5)],
     )
 
-    def damaged(lock: Lock, tensors: FinalTensors, directory: Path) -> None:
-        export(lock, tensors, directory)
+    def damaged(*arguments: Any) -> None:
+        export(*arguments)
+        directory: Path = arguments[-1]
         path = directory / "model.safetensors"
         data = bytearray(path.read_bytes())
         data[-5] ^= 4
