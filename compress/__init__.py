@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from compress.check import check_plan as check
+    from compress.checking import check_plan as check
     from compress.errors import CompressError, ModelError, OutputError, PlanError, RunError
     from compress.pipeline import run
     from compress.plan import Calibration, Evaluate, Export, Model, Plan, Run, load_plan
     from compress.report import Report, load_report
 
-_HOME = {"check": ("compress.check", "check_plan"), "run": ("compress.pipeline", "run")} | {
+_HOME = {"check": ("compress.checking", "check_plan"), "run": ("compress.pipeline", "run")} | {
     name: (module, name)
     for module, names in {
         "compress.errors": ("CompressError", "ModelError", "OutputError", "PlanError", "RunError"),

@@ -64,7 +64,7 @@ def run_plan(plan: Path, /, *, restart: bool = False, overwrite: bool = False) -
 @app.command
 def check(plan: Path, /, *, as_json: Json = False) -> None:
     """Compile a plan and print what it would do and cost, without reading a weight."""
-    from compress.check import check_plan, print_check
+    from compress.checking import check_plan, print_check
     from compress.plan import load_plan
 
     found = check_plan(load_plan(plan))
@@ -149,7 +149,7 @@ def evaluate(
     if as_json:
         _print_json([line.model_dump(mode="json") for line in lines])
         return
-    from compress.check import print_evaluation
+    from compress.checking import print_evaluation
 
     print_evaluation(lines, out)
 
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        word = (arguments if arguments is not None else sys.argv[1:] or [""])[0]
+        word = next(iter(sys.argv[1:] if arguments is None else arguments), "")
         hint = "" if Path(word).suffix else nearest(word, ["check", "explain", "eval", "report", "schema"])
         errors.print(f"error: {error}{hint}", style="red", highlight=False, markup=False, soft_wrap=True)
         errors.print("fix: see compress --help", highlight=False, markup=False)

@@ -78,6 +78,8 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
         torch.set_float32_matmul_precision("highest")  # decision D5: no TF32 in statistics
         with torch.no_grad():
             return _Run(lock, mode, workspace, progress, known, restart=restart).carry_out()
+    except OutputError:
+        raise  # the journal found there is another run's
     except PlanError:
         workspace.discard_without_blocks()  # so that the mended plan finds no journal of the wrong one
         raise

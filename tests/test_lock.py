@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-from compress.check import check_plan
+from compress.checking import check_plan
 from compress.checkpoint import INDEX, Checkpoint
 from compress.lock import RULES, compile_plan, explain
 from compress.passes import Invariant, LinearPass, LinearState, Moments, Note

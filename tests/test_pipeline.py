@@ -16,7 +16,7 @@ import compress
 from compress import estimate, pipeline
 from compress.architecture import architecture_for
 from compress.calibration.moments import Moments, Statistics
-from compress.check import check_plan
+from compress.checking import check_plan
 from compress.errors import RunError
 from compress.lock import compile_plan
 from compress.passes import Magnitude, SparseGPT, Wanda
@@ -315,7 +315,7 @@ def test_padding_enters_no_statistic(tmp_path: Path, family: str, refresh: str) 
         assert report.calibration.tokens < 50 * 24
         assert {line.tokens for line in report.linears} == {report.calibration.tokens}
         found.append((tmp_path / output / "model.safetensors").read_bytes())
-    assert found[0] == found[1] == found[2]
+    assert len(set(found)) == 1
 
 
 def test_padding_gives_the_statistics_of_the_bare_rows(tmp_path: Path) -> None:
@@ -389,7 +389,6 @@ def test_where_and_except_reach_the_output(tmp_path: Path) -> None:
     assert entry["passes"][0]["pattern"] == "1:4"
 
 
-@pytest.mark.xfail(reason="Pass.for_linear merges the overrides before it drops what they replace", strict=True)
 def test_the_last_where_replaces_a_sparsity_by_a_pattern(tmp_path: Path) -> None:
     tiny_directory(tmp_path / "model", "llama")
     where = [{"match": "*.down_proj", "sparsity": 0.25}, {"match": "*.2.mlp.down_proj", "pattern": "1:4"}]
@@ -400,7 +399,6 @@ def test_the_last_where_replaces_a_sparsity_by_a_pattern(tmp_path: Path) -> None
     assert shares["model.layers.1.mlp.down_proj"] == 0.25
 
 
-@pytest.mark.xfail(reason="importing compress.check shadows the function of that name", strict=True)
 def test_check_can_be_called_twice(tmp_path: Path) -> None:
     tiny_directory(tmp_path / "model", "llama")
     plan = plan_of(tmp_path, PASSES["wanda"])
@@ -420,18 +418,18 @@ def test_a_memory_limit_changes_how_but_not_what(tmp_path: Path, monkeypatch: py
 
     (tmp_path / "text.txt").write_text(some_text(6000))
     lock = compile_plan(plan("out"))
-    wishes = [(True, True), (True, False), (False, False)]
+    wishes = [(True, True), (True, False), (False, False)][refresh == "block" :]  # then there is nothing to wait for
     peaks = [max(estimate.memory(lock, keep=keep, pause=pause).values()) for keep, pause in wishes]
     assert peaks == sorted(peaks, reverse=True)
-    assert len(set(peaks)) == 3
+    assert len(set(peaks)) == len(wishes)
     found = []
     for number, peak in enumerate(peaks):
         limited = plan(f"out-{number}", memory=peak)
-        shown = check_plan(limited)
+        shown = compress.check(limited)
         assert (shown["activations"] == "memory", shown["pausing"]) == wishes[number]
         assert compress.run(limited).estimated_memory_bytes == peak
         found.append((tmp_path / f"out-{number}" / "model.safetensors").read_bytes())
-    assert found[0] == found[1] == found[2]
+    assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -480,7 +478,7 @@ def test_output_in_shards_has_the_size_that_check_said(tmp_path: Path) -> None:
     tiny_directory(tmp_path / "model", "llama")
     plan = plan_of(tmp_path, PASSES["wanda"])
     plan = compress.Plan(**{**dict(plan), "exports": [compress.Export(shard_size=20_000)]})
-    shown = check_plan(plan)
+    shown = compress.check(plan)
     report = compress.run(plan)
     files = {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
     assert len(files) > 3

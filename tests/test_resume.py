@@ -464,7 +464,6 @@ def test_another_plan_is_refused_by_name(
     assert_finished(folder)
 
 
-@pytest.mark.xfail(reason="run() discards a journal without blocks on any PlanError, this one included", strict=True)
 def test_another_plans_journal_is_left_alone_before_its_first_block(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,11 +138,11 @@ class Pass(Settings):
 
     def for_linear(self, name: str) -> Self:
         """The pass with the settings it has for this linear: its own, then every matching ``where`` in order."""
-        overrides: dict[str, Any] = {}
+        one = self.with_settings({})
         for table in self.where:
             if matches(name, table.match):
-                overrides |= table.overrides()
-        return self.with_settings(overrides)
+                one = one.with_settings(table.overrides())
+        return one
 
     def settings(self) -> dict[str, Any]:
         """The method's own settings, defaults included, as JSON values."""
