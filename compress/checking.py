@@ -8,7 +8,7 @@ from rich.table import Table
 
 from compress.estimate import check_disk, choose_mode, disk_bytes, seconds
 from compress.lock import compile_plan
-from compress.pipeline import refuse_foreign
+from compress.outcome import refuse_foreign
 from compress.report import figure, human_bytes, human_seconds, percent
 
 if TYPE_CHECKING:

@@ -15,6 +15,8 @@ import torch
 from compress import __version__
 from compress.calibration.plan_source import source_digest
 from compress.card import write_card
+from compress.checkpoint import read_json
+from compress.errors import CompressError, OutputError
 from compress.evals.perplexity import evaluate
 from compress.hub import config_digest
 from compress.memory import peak_memory
@@ -29,6 +31,7 @@ from compress.report import (
     PassSummary,
     Report,
     VerifiedInfo,
+    load_report,
     write_report,
 )
 from compress.state import unpack_bits
@@ -36,7 +39,7 @@ from compress.state import unpack_bits
 if TYPE_CHECKING:
     from compress.export.huggingface import FinalTensors
     from compress.lock import Lock
-    from compress.pipeline import _Run
+    from compress.pipeline import Execution
 
 
 def identity(lock: Lock, device: torch.device) -> dict[str, str]:
@@ -57,7 +60,37 @@ def emitted_lock(lock: Lock, known: dict[str, str]) -> dict[str, Any]:
     return lock.to_json() | {"made_of": {"model": known["model"], "data": known["data"]}}
 
 
-def assemble(run: _Run, verified: VerifiedInfo, tensors: FinalTensors) -> Report:
+def finished_report(lock: Lock, known: dict[str, str], output: Path, *, overwrite: bool) -> Report | None:
+    """The report of an output that this very plan has written; refuses any other content."""
+    if not refuse_foreign(output) or overwrite:
+        return None
+    if read_json(output / "lock.json") == emitted_lock(lock, known):
+        return load_report(output)
+    fix = "choose another output, or replace it with --overwrite"
+    raise OutputError("holds the result of another plan", where=str(output), fix=fix)
+
+
+def refuse_foreign(output: Path) -> bool:
+    """Whether an output of compress is there already. Raises OutputError for anything else that is not empty."""
+    if output.is_symlink():
+        raise OutputError("is a link", where=str(output), fix="give the directory that it leads to")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not _made_here(output):
+        raise OutputError("exists and is not an output of compress", where=str(output), fix="choose another output")
+    return True
+
+
+def _made_here(output: Path) -> bool:
+    """Whether a directory is a whole output of compress, which --overwrite may replace."""
+    try:
+        lock = read_json(output / "lock.json")
+    except CompressError:
+        return False
+    return "compress_version" in lock and "linears" in lock and (output / "report.json").is_file()
+
+
+def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors) -> Report:
     """Count, evaluate the staged directory, and put together the report."""
     lock, work = run.lock, run.work
     ledger = [LedgerLine(**line) for entry in work.entries("block") for line in entry["ledger"]]
@@ -115,7 +148,7 @@ def environment(device: torch.device) -> Environment:
     )
 
 
-def publish_report(run: _Run, report: Report) -> None:
+def publish_report(run: Execution, report: Report) -> None:
     """Write report and model card into the staged directory."""
     write_report(report, run.work.staging)
     model = run.lock.plan.model
@@ -169,7 +202,7 @@ def _summary(lock: Lock, index: int, ledger: list[LedgerLine]) -> PassSummary:
     )
 
 
-def _evaluate(run: _Run) -> tuple[EvaluationLine, ...]:
+def _evaluate(run: Execution) -> tuple[EvaluationLine, ...]:
     """Score the staged directory, and the dense model beside it."""
     plan = run.lock.plan
     if plan.evaluate is None or not plan.evaluate.perplexity:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress.calibration.moments import Moments, Statistics
 from compress.calibration.plan_source import make_tokens
 from compress.calibration.tokens import TokenSet
-from compress.checkpoint import Shard, lay_out, read_file, read_json, slots_of, write_shard
+from compress.checkpoint import Shard, lay_out, read_file, slots_of, write_shard
 from compress.errors import CompressError, OutputError, PlanError, RunError
 from compress.estimate import Mode, check_disk, choose_mode
 from compress.export.huggingface import FinalTensors, export
@@ -27,10 +27,10 @@ from compress.invariants import check_invariants
 from compress.journal import Workspace, file_checksum, work_directory
 from compress.lock import Linear, Lock, compile_plan
 from compress.memory import peak_memory, reset_peak_memory, tame_allocator, trim
-from compress.outcome import assemble, emitted_lock, identity, publish_report
+from compress.outcome import assemble, emitted_lock, finished_report, identity, publish_report
 from compress.passes.base import LinearPass
 from compress.progress import Progress
-from compress.report import BlockLine, LedgerLine, Report, VerifiedInfo, load_report
+from compress.report import BlockLine, LedgerLine, Report, VerifiedInfo
 from compress.state import LinearState
 from compress.stream import Activations, Skeleton
 from compress.walk import Walk, batch_rows
@@ -64,7 +64,7 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
     mode = choose_mode(lock)
     output = plan.resolve(plan.run.output)
     known = identity(lock, mode.device)
-    finished = _finished(lock, known, output, overwrite=overwrite)
+    finished = finished_report(lock, known, output, overwrite=overwrite)
     if finished:
         if work_directory(output).is_dir():  # a kill between the last two steps left it
             Workspace(output).remove()
@@ -77,7 +77,7 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
     try:
         torch.set_float32_matmul_precision("highest")  # decision D5: no TF32 in statistics
         with torch.no_grad():
-            return _Run(lock, mode, workspace, progress, known, restart=restart).carry_out()
+            return Execution(lock, mode, workspace, progress, known, restart=restart).carry_out()
     except OutputError:
         raise  # the journal found there is another run's
     except PlanError:
@@ -96,38 +96,8 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
         workspace.close()
 
 
-def _finished(lock: Lock, known: dict[str, str], output: Path, *, overwrite: bool) -> Report | None:
-    """The report of an output that this very plan has written; refuses any other content."""
-    if not refuse_foreign(output) or overwrite:
-        return None
-    if read_json(output / "lock.json") == emitted_lock(lock, known):
-        return load_report(output)
-    fix = "choose another output, or replace it with --overwrite"
-    raise OutputError("holds the result of another plan", where=str(output), fix=fix)
-
-
-def refuse_foreign(output: Path) -> bool:
-    """Whether an output of compress is there already. Raises OutputError for anything else that is not empty."""
-    if output.is_symlink():
-        raise OutputError("is a link", where=str(output), fix="give the directory that it leads to")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if not _made_here(output):
-        raise OutputError("exists and is not an output of compress", where=str(output), fix="choose another output")
-    return True
-
-
-def _made_here(output: Path) -> bool:
-    """Whether a directory is a whole output of compress, which --overwrite may replace."""
-    try:
-        lock = read_json(output / "lock.json")
-    except CompressError:
-        return False
-    return "compress_version" in lock and "linears" in lock and (output / "report.json").is_file()
-
-
 @dataclass
-class _Run:
+class Execution:
     """One execution: what is the same for all sweeps."""
 
     lock: Lock
@@ -464,7 +434,7 @@ def _surveyed(lock: Lock, linear: Linear, sweep: int, index: int) -> bool:
     return any(i == index and p.surveys() for i, p in lock.passes(linear, sweep))
 
 
-def _moments(run: _Run, sweep: int, subsets: list[list[Linear]], walk: Walk) -> Iterator[Moments]:
+def _moments(run: Execution, sweep: int, subsets: list[list[Linear]], walk: Walk) -> Iterator[Moments]:
     """The moments of each subset's input, in order; with refresh = "block" all are collected before the first."""
     lock, tokens = run.lock, run.tokens
     masks = torch.split(tokens.mask, run.rows) if tokens is not None else ()

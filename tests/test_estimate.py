@@ -10,7 +10,6 @@ import torch
 
 import compress
 from compress import estimate
-from compress.checking import check_plan
 from compress.errors import PlanError
 from compress.estimate import choose_mode, find_device, memory
 from compress.lock import compile_plan
@@ -55,7 +54,6 @@ def test_an_impossible_memory_is_refused(model: Path) -> None:
     assert sorted(p.name for p in model.parent.iterdir()) == ["model", "text.txt"]
 
 
-@pytest.mark.parametrize("refresh", ["block", "subset"])
 @pytest.mark.parametrize("refresh", ["block", "subset"])
 def test_the_fastest_mode_that_fits_is_chosen(model: Path, refresh: str) -> None:
     """Pausing serves only statistics that are collected subset by subset."""

@@ -16,7 +16,6 @@ import compress
 from compress import estimate, pipeline
 from compress.architecture import architecture_for
 from compress.calibration.moments import Moments, Statistics
-from compress.checking import check_plan
 from compress.errors import RunError
 from compress.lock import compile_plan
 from compress.passes import Magnitude, SparseGPT, Wanda
@@ -452,7 +451,7 @@ def test_the_same_plan_again_returns_the_finished_report(tmp_path: Path, monkeyp
     tiny_directory(tmp_path / "model", "llama")
     plan = plan_of(tmp_path, PASSES["wanda"])
     report = compress.run(plan)
-    monkeypatch.setattr(pipeline, "_Run", None)
+    monkeypatch.setattr(pipeline, "Execution", None)
     again = compress.run(plan)
     assert again.output == report.output
     assert again.linears == report.linears

@@ -300,7 +300,7 @@ def run(folder: Path, **options: Any) -> Any:
 
 def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: int, block: int) -> Path:
     """Run until this block begins; returns the work directory."""
-    original = pipeline._Run._block
+    original = pipeline.Execution._block
 
     def stop(self: Any, *arguments: Any) -> Any:
         if arguments[:2] == (sweep, block):
@@ -308,7 +308,7 @@ def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: int, block: 
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Run, "_block", stop)
+        patch.setattr(pipeline.Execution, "_block", stop)
         with pytest.raises(Interrupted):
             run(folder)
     return folder / ".out.compress"
@@ -324,9 +324,9 @@ def test_an_exception_is_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     assert not (folder / "out").exists()
     assert len(list(work.glob("block-*"))) == 2 * sweep + block
     blocks: list[tuple[int, int]] = []
-    original = pipeline._Run._block
+    original = pipeline.Execution._block
     monkeypatch.setattr(
-        pipeline._Run, "_block", lambda self, *a: (blocks.append(a[:2]), original(self, *a))[1]
+        pipeline.Execution, "_block", lambda self, *a: (blocks.append(a[:2]), original(self, *a))[1]
     )  # what was done is not done again
     report = run(folder)
     assert blocks == POINTS[2 * sweep + block :]

@@ -126,7 +126,8 @@ class Moments:
             damped.diagonal().add_(damping * step * mean)
             damped.diagonal()[dead] = 1.0
             damped = damped.flip(0, 1)
-            L, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
+            failed = torch.empty((), dtype=torch.int32, device=self.device)
+            L, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))
             if failed.item() == 0:
                 R = L.flip(0, 1)
                 del L, damped
