@@ -245,10 +245,10 @@ def test_killed_at_random_times(runner: Runner, folder: Path, kills: int) -> Non
     died = 0
     for _ in range(kills):
         start_over(folder)
-        died += runner(folder, after=draw.uniform(0.02, usual))["status"] == -signal.SIGKILL
+        died += runner(folder, after=draw.uniform(0.02, 0.6 * usual))["status"] == -signal.SIGKILL
         assert runner(folder)["status"] == 0
         assert_finished(folder)
-    assert died > kills / 2
+    assert died > 0  # how many depends on the load of the machine; one that died shows that they can
 
 
 def test_killed_again_and_again(runner: Runner, folder: Path) -> None:
