@@ -24,7 +24,7 @@ from compress.walk import batch_rows
 if TYPE_CHECKING:
     from compress.lock import Linear, Lock
 
-LATER_IMPORTS = 60 << 20  # tokenizer, report and data libraries that are imported after the estimate is made
+LATER_IMPORTS = 80 << 20  # tokenizer, report and data libraries that are imported after the estimate is made
 HEAD_BYTES = 16 << 20  # logits held at once while scoring; see compress.evals.perplexity
 
 
@@ -142,8 +142,10 @@ def _flow(lock: Lock, *, keep: bool, pause: bool) -> int:
     if not lock.calibrated or calibration is None:
         return 0
     width = lock.skeleton.width
-    tokens = calibration.samples * calibration.length if keep else 2 * _batch_tokens(lock)
-    waiting = width + max(linear.in_features for linear in lock.linears) if pause else 0
+    tokens = calibration.samples * calibration.length
+    tokens = tokens if keep else min(tokens, 2 * _batch_tokens(lock))
+    # A paused forward holds its input, the sum after attention, its norm, and the input of the subset it waits at.
+    waiting = 2 * width + max(linear.in_features for linear in lock.linears) if pause else 0
     return 4 * tokens * (width + waiting)
 
 
