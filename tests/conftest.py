@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,22 @@ def tiny_directory(directory: Path, family: str, **settings: Any) -> Path:
     write_tokenizer(directory)
     (directory.parent / "text.txt").write_text(some_text(3000))
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and a text; not to be changed."""
+    folder = tmp_path_factory.mktemp("source")
+    tiny_directory(folder / "model", "llama", blocks=2)
+    return folder
+
+
+@pytest.fixture
+def folder(tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a copy of them."""
+    shutil.copytree(tiny_source, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ import pytest
 
 from compress.cli import main
 from compress.passes import Wanda
-from tests.conftest import REFERENCE, ROOT, files_of, tiny_directory
+from tests.conftest import REFERENCE, ROOT, files_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,33 +78,22 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 
     return result.err
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and a text."""
-    folder = tmp_path_factory.mktemp("source")
-    tiny_directory(folder / "model", "llama", blocks=2)
+@pytest.fixture
+def folder(folder: Path) -> Path:
+    """The working directory, with a model and a plan."""
+    (folder / "plan.toml").write_text(PLAN)
     return folder
 
 
-@pytest.fixture
-def folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with a model, a text and a plan."""
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "plan.toml").write_text(PLAN)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
-def expected(source: Path) -> dict[str, bytes]:
+def expected(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of an uninterrupted run."""
+    source = tmp_path_factory.mktemp("expected")
+    shutil.copytree(tiny_source, source, dirs_exist_ok=True)
     (source / "plan.toml").write_text(PLAN)
     with contextlib.chdir(source):
         assert main(["plan.toml"]) == 0
-    files = files_of(source / "out")
-    shutil.rmtree(source / "out")
-    (source / "plan.toml").unlink()
-    return files
+    return files_of(source / "out")
 
 
 def left_behind(folder: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -47,20 +46,6 @@ class MaskBreaker(FakeQuantizer):
 
     rule: ClassVar[int] = 4
     preserves: ClassVar[frozenset[Invariant]] = frozenset({Invariant.GRID})
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    tiny_directory(folder / "model", "llama", blocks=2)
-    return folder
-
-
-@pytest.fixture
-def folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def plan_with(*passes: str) -> None:

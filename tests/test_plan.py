@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,27 +19,12 @@ from compress.plan import Calibration, Evaluate, Export, Model, Plan, Run, load_
 from compress.plan_text import Source
 from compress.schema import json_schema
 from compress.state import Pattern
-from tests.conftest import tiny_directory
 from tests.test_cli import PLAN, command, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 WHERE = '  [[pass.where]]\n  match = "*.down_proj"\n'
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    tiny_directory(folder / "model", "llama", blocks=2)
-    return folder
-
-
-@pytest.fixture
-def folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def but(old: str, new: str) -> str:
