@@ -28,6 +28,19 @@ def tame_allocator() -> None:
         return
 
 
+def trim(freed: int) -> None:
+    """Give free pages inside the heap back to the system, where the C library can and it is worth it.
+
+    `freed`: bytes that were freed since the last call, about.
+    """
+    if freed < KEPT:
+        return
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
 def resident_memory() -> int:
     """Bytes of this process that are in memory now."""
     return _status("VmRSS") or peak_memory(torch.device("cpu"))

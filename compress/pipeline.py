@@ -26,7 +26,7 @@ from compress.export.verify import verify
 from compress.invariants import check_invariants
 from compress.journal import Workspace, file_checksum, work_directory
 from compress.lock import Linear, Lock, compile_plan
-from compress.memory import peak_memory, reset_peak_memory, tame_allocator
+from compress.memory import peak_memory, reset_peak_memory, tame_allocator, trim
 from compress.outcome import assemble, emitted_lock, finished_report, identity, publish_report
 from compress.passes.base import LinearPass
 from compress.progress import Progress
@@ -205,6 +205,7 @@ class Execution:
             self._commit(sweep, index, flow, ledger, artifact, seconds)
             self._show(index, ledger, seconds)
             del artifact  # the journal's now
+            trim(4 * sum(linear.weights for linear in self.lock.in_block(index)))
 
     def _survey(self, sweep: int) -> dict[int, dict[str, dict[str, Any]]]:
         """Settings that passes of this sweep draw from the whole model, by pass and linear; journaled."""
