@@ -178,7 +178,7 @@ def seconds(lock: Lock, mode: Mode) -> float:
             if lock.statistics(linear, sweep) is Statistics.GRAM:
                 work += 8.0 * linear.weights * linear.in_features
     data = sum(lock.checkpoint.sizes.values()) * (len(lock.sweeps) + 2)
-    return 1.6 * work / speed + data / 1e9 + 0.5  # norms, attention and the like: 1.6 measured on the reference model
+    return 1.6 * work / speed + data / 1e9 + 0.5  # 1.6 allows for norms, attention and the like; a guess, not fitted
 
 
 def _speed(device: torch.device) -> float:

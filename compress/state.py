@@ -72,7 +72,7 @@ def lowest_in_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     """True at the M−N lowest scores of every M consecutive columns, equal ones taken by index.
 
     `scores`: (out, in), M divides in. Each pair of places is compared once, for all groups at a time: for the small M
-    of hardware patterns ten times as fast as sorting every group.
+    of hardware patterns several times as fast as sorting every group (docs/lab-log.md).
     """
     groups = scores.reshape(-1, pattern.group)  # (out · in / M, M)
     if pattern.group > 16:
