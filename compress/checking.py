@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from compress.errors import PlanError, nearest
 from compress.estimate import check_disk, choose_mode, disk_bytes, seconds
 from compress.lock import compile_plan
 from compress.outcome import refuse_foreign
+from compress.passes.base import matches
 from compress.report import figure, human_bytes, human_seconds, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from compress.lock import Lock
     from compress.plan import Plan
     from compress.report import EvaluationLine
 
@@ -114,3 +117,45 @@ def print_evaluation(lines: tuple[EvaluationLine, ...], console: Console) -> Non
                 f"same top token {percent(d.top1_agreement)}",
                 highlight=False,
             )
+
+
+def explain(lock: Lock, name: str) -> dict[str, Any]:
+    """Each setting of one layer, and the line of the plan that gave it. Raises PlanError for an unknown layer."""
+    names = [linear.name for linear in lock.linears]
+    if name not in names:
+        fix = f"layers are named like {names[0]}"
+        raise PlanError(f'no linear "{name}"{nearest(name, names)}', where=lock.plan.source.name, fix=fix)
+    linear = lock.linears[names.index(name)]
+    passes = []
+    for index, one in enumerate(lock.plan.passes):
+        line = lock.plan.source.line(("pass", index))
+        entry: dict[str, Any] = {"pass": index, "use": one.use(), "line": line}
+        resolved = dict(linear.passes).get(index)
+        if resolved is None:
+            entry["skipped"] = "an except pattern matches" if matches(name, one.except_) else "no match pattern matches"
+        else:
+            given = resolved.settings().items()
+            entry["settings"] = [_given(lock.plan, index, key, value, name) for key, value in given]
+        passes.append(entry)
+    return {
+        "name": linear.name,
+        "tensor": linear.stored,
+        "block": linear.block,
+        "inputs_shared_with": [other.name for other in lock.in_block(linear.block) if other.subset == linear.subset],
+        "shape": [linear.out_features, linear.in_features],
+        "dtype": linear.dtype,
+        "format": lock.form.name,
+        "tensors": [slot.name for slot in lock.form.slots(linear)],
+        "passes": passes,
+    }
+
+
+def _given(plan: Plan, index: int, key: str, value: Any, name: str) -> dict[str, Any]:
+    """Where a setting of a layer comes from: the last `where` that matches, the pass's table, or the default."""
+    one = plan.passes[index]
+    location: tuple[str | int, ...] | None = ("pass", index, key) if key in one.model_fields_set else None
+    for number, table in enumerate(one.where):
+        if matches(name, table.match) and key in table.overrides():
+            location = ("pass", index, "where", number, key)
+    source = "default" if location is None else plan.source.where(location).split(": ")[0]
+    return {"key": key, "value": value, "from": source}

@@ -45,6 +45,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MASKS = "masks.safetensors"  # bit-packed masks beside weights that are stored as codes
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, as stored. Raises ModelError when the file ended or changed since its header was read."""
         info = self.tensors[name]
-        return _read_tensor(self.directory / info.file, info)
+        return read_tensor(self.directory / info.file, info)
 
     def digest(self) -> str:
         """SHA-256 over names, dtypes, shapes and places of all tensors; the data itself is hashed as it is read."""
@@ -141,7 +142,8 @@ class Checkpoint:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _read_tensor(path: Path, info: TensorInfo) -> Tensor:
+def read_tensor(path: Path, info: TensorInfo) -> Tensor:
+    """One tensor of a file, as its header describes it."""
     flat = torch.empty(info.bytes, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(info.start)
@@ -161,7 +163,7 @@ def _read_tensor(path: Path, info: TensorInfo) -> Tensor:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file."""
-    return {info.name: _read_tensor(path, info) for info in read_header(path)}
+    return {info.name: read_tensor(path, info) for info in read_header(path)}
 
 
 def read_header(path: Path) -> Iterator[TensorInfo]:
@@ -327,9 +329,9 @@ def _aligned(slots: list[Slot]) -> tuple[Slot, ...]:
     return tuple(sorted(slots, key=lambda slot: -DTYPES[slot.dtype].itemsize))
 
 
-def index_text(shards: list[Shard]) -> str | None:
-    """The index file of several shards; None for a single one."""
-    if len(shards) == 1:
+def index_text(shards: list[Shard], *, always: bool = False) -> str | None:
+    """The index file of several shards; None for a single one, unless there is `always` one."""
+    if len(shards) == 1 and not always:
         return None
     weight_map = {slot.name: shard.file for shard in shards for slot in shard.slots}
     total = sum(slot.bytes for shard in shards for slot in shard.slots)

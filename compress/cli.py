@@ -77,8 +77,8 @@ def check(plan: Path, /, *, as_json: Json = False) -> None:
 @app.command
 def explain(plan: Path, layer: str, /, *, as_json: Json = False) -> None:
     """Show each setting of one layer, and the line of the plan that gave it."""
+    from compress.checking import explain as explain_layer
     from compress.lock import compile_plan
-    from compress.lock import explain as explain_layer
     from compress.plan import load_plan
 
     found = explain_layer(compile_plan(load_plan(plan)), layer)

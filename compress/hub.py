@@ -55,8 +55,8 @@ def find_model(model: Model, folder: Path, where: str) -> Path:
         ) from None
 
 
-def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
-    """The transformers configuration of a local model. Raises ModelError."""
+def load_config(directory: Path, *, trust_remote_code: bool, quantized: bool = False) -> Any:
+    """The transformers configuration of a local model; `quantized`: it may be one already. Raises ModelError."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -65,7 +65,7 @@ def load_config(directory: Path, *, trust_remote_code: bool) -> Any:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError('"model_type" is missing', where=where, fix="give a transformers model")
-    if raw.get("quantization_config"):
+    if raw.get("quantization_config") and not quantized:
         raise ModelError("the model is already quantized", where=where, fix="start from the original checkpoint")
     if raw.get("auto_map") and model_type not in CONFIG_MAPPING and not trust_remote_code:
         raise ModelError(

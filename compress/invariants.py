@@ -9,6 +9,8 @@ import torch
 from compress.errors import RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from compress.lock import Linear
@@ -34,6 +36,7 @@ def check_invariants(linear: Linear, index: int, state: LinearState, mask_before
         raise broken("pruned weights came back")
     if state.mask is not None and bool((state.weight[~state.mask] != 0).any()):
         raise broken("a pruned weight is not zero")
+    _check_grid(linear, index, state, broken)
     for earlier, one in linear.passes:
         pattern = getattr(one, "pattern", None)
         if earlier > index or pattern is None:
@@ -43,3 +46,24 @@ def check_invariants(linear: Linear, index: int, state: LinearState, mask_before
             or int(state.mask.reshape(weight.shape[0], -1, pattern.group).sum(-1).max()) > pattern.kept
         ):
             raise broken(f"a group holds more than {pattern} allows")
+
+
+def _check_grid(linear: Linear, index: int, state: LinearState, broken: Callable[[str], RunError]) -> None:
+    """With a grid, the weight is the grid's value, and the grid the one that the lock promised to the exporter."""
+    promised = next((p.grid() for i, p in reversed(linear.passes) if i <= index and p.grid() is not None), None)
+    grid = state.grid
+    if grid is None:
+        if promised is not None:
+            raise broken("there is no grid, though the pass declares one")
+        return
+    scales = (linear.out_features, grid.spec.groups(linear.in_features))
+    if promised is None or promised[:3] != grid.spec[:3]:
+        raise broken(f"the grid is {grid.spec[:3]}, but the plan says {promised and promised[:3]}")
+    if grid.scale.shape != scales or grid.zero.shape != scales or grid.codes.shape != state.weight.shape:
+        raise broken("scales, zero-points and codes of the grid do not fit the layer")
+    if not bool((grid.scale > 0).all()) or not bool(torch.isfinite(grid.scale).all()):
+        raise broken("a scale is not positive and finite")
+    if int(grid.codes.max()) > grid.spec.largest or int(grid.zero.max()) > grid.spec.largest:
+        raise broken(f"a code is above {grid.spec.largest}")
+    if not torch.equal(state.weight, grid.dequantize(state.dtype)):
+        raise broken("the weight is not the value of its codes")

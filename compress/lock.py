@@ -16,11 +16,13 @@ from compress import __version__
 from compress.architecture import architecture_for
 from compress.calibration.plan_source import SELF, located
 from compress.calibration.sources import is_file
-from compress.checkpoint import Checkpoint, Shard, Slot, index_text, lay_out
+from compress.checkpoint import MASKS, Checkpoint, Shard, Slot, index_text, lay_out
 from compress.errors import CompressError, ModelError, PlanError, nearest
+from compress.export.formats import Format, known_formats
 from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
 from compress.passes.base import Invariant, LinearPass, Pass, SettingError, Statistics, matches
+from compress.rules import check_format, check_order
 from compress.stream import Skeleton
 
 if TYPE_CHECKING:
@@ -29,19 +31,7 @@ if TYPE_CHECKING:
     from compress.architecture import Architecture
     from compress.plan import Plan
     from compress.plan_text import Source
-
-# The rules of composition (DESIGN section 6). A pass names the rule that places it; what it may not break is what
-# earlier passes established and it does not preserve.
-RULES: dict[int, tuple[str, str]] = {
-    1: ("rewrites that preserve the function work on dense, unquantized weights", "move the rewrite to the front"),
-    2: ("structured pruning comes before any mask or grid", "move it before the pass that makes the mask or grid"),
-    3: ("a mask is chosen before weights are put on a grid", "prune first, then quantize"),
-    4: ("recovery keeps the mask; a LoRA is never merged after a mask or a grid exists", "use a variant that keeps it"),
-    5: ("quantization respects the mask, and comes after weights stop moving", "move the quantizer after that pass"),
-    6: ("scales are trained with codes and mask fixed, so there must be a grid", "put a quantizer before it"),
-    7: ("compensation comes last, on frozen weights", "move it to the end"),
-    8: ("packing reads mask and codes", "export after all passes"),
-}
+    from compress.state import GridSpec
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,22 @@ class Linear:
         """Number of weights."""
         return self.out_features * self.in_features
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The shape of the checkpoint's tensor."""
+        shape = (self.out_features, self.in_features)
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def grid(self) -> GridSpec | None:
+        """The grid on which the passes leave it."""
+        return next((p.grid() for _, p in reversed(self.passes) if p.grid() is not None), None)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the passes leave a mask."""
+        return any(Invariant.MASK in p.provides() for _, p in self.passes)
+
 
 @dataclass(frozen=True)
 class Lock:
@@ -76,7 +82,18 @@ class Lock:
     linears: tuple[Linear, ...]
     sweeps: tuple[tuple[int, ...], ...]  # indices of the passes that share a walk over the blocks
     shards: tuple[Shard, ...]
-    warnings: tuple[str, ...]
+    form: Format
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know before the run."""
+        return (*_warnings(self.plan, self.skeleton), *self.form.warnings(self))
+
+    @property
+    def index(self) -> str | None:
+        """The text of the index file. With masks beside the weights there is always one: readers take all else."""
+        weights = [shard for shard in self.shards if shard.file != MASKS]
+        return index_text(weights, always=len(weights) < len(self.shards))
 
     @property
     def blocks(self) -> int:
@@ -103,7 +120,7 @@ class Lock:
     @property
     def output_bytes(self) -> int:
         """Exact bytes of the weights to be written, headers and index included."""
-        return sum(shard.bytes for shard in self.shards) + len((index_text(list(self.shards)) or "").encode())
+        return sum(shard.bytes for shard in self.shards) + len((self.index or "").encode())
 
     def to_json(self) -> dict[str, Any]:
         """The lock as it is written beside the weights; equal locks give equal bytes."""
@@ -126,10 +143,12 @@ class Lock:
                     "subset": linear.subset,
                     "shape": [linear.out_features, linear.in_features],
                     "dtype": linear.dtype,
+                    "grid": linear.grid and dict(zip(("bits", "group_size", "symmetric"), linear.grid, strict=False)),
                     "passes": [{"pass": index, "use": p.use()} | p.settings() for index, p in linear.passes],
                 }
                 for linear in self.linears
             ],
+            "format": self.form.name,
             "files": [{"name": shard.file, "bytes": shard.bytes, "tensors": len(shard.slots)} for shard in self.shards],
             "output_bytes": self.output_bytes,
         }
@@ -156,10 +175,10 @@ def compile_plan(plan: Plan) -> Lock:
     linears = tuple(_with_passes(linear, plan) for linear in bare)
     check_order(plan, linears)
     sweeps = _sweeps(plan)
-    slots = [Slot(t.name, t.dtype, t.shape) for t in _in_model_order(skeleton)]
-    shards = tuple(lay_out(slots, int(plan.exports[0].shard_size)))
-    warnings = tuple(_warnings(plan, skeleton))
-    lock = Lock(plan, directory, checkpoint, config, skeleton, linears, sweeps, shards, warnings)
+    form = known_formats()[plan.exports[0].format]
+    check_format(plan, linears, form)
+    shards = tuple(_files(plan, skeleton, linears, form))
+    lock = Lock(plan, directory, checkpoint, config, skeleton, linears, sweeps, shards, form)
     _check_calibration(lock)
     _check_texts(plan)
     copied_files(directory, code=plan.model.trust_remote_code)
@@ -261,46 +280,6 @@ def _must_match(pattern: str, names: list[str], source: Source, location: tuple[
     )
 
 
-def check_order(plan: Plan, linears: Iterable[Linear]) -> None:
-    """Refuse passes that break what an earlier one established, or lack what they require, on any one linear."""
-    checked: set[tuple[int, ...]] = set()
-    for linear in linears:
-        key = tuple(index for index, _ in linear.passes)
-        if key in checked and not any(one.where for one in plan.passes):
-            continue
-        checked.add(key)
-        established: dict[Invariant, int] = {}
-        for index, one in linear.passes:
-            missing = one.requires - set(established)
-            broken = set(established) - one.preserves
-            if missing or broken:
-                raise _out_of_order(plan, linear, index, one, established, missing, broken)
-            established |= dict.fromkeys(one.provides(), index)
-
-
-def _out_of_order(
-    plan: Plan,
-    linear: Linear,
-    index: int,
-    one: Pass,
-    established: dict[Invariant, int],
-    missing: set[Invariant] | frozenset[Invariant],
-    broken: set[Invariant],
-) -> PlanError:
-    rule, fix = RULES[one.rule]
-    if missing:
-        needs = " and ".join(sorted(missing))
-        problem = f"{one.use()} needs a {needs}, which no earlier pass makes for {linear.name}"
-    else:
-        what = sorted(broken)[0]
-        earlier = established[what]
-        problem = f"{one.use()} would break the {what} that pass[{earlier}] {plan.passes[earlier].use()} makes"
-        problem += f" for {linear.name}"
-    if not type(one).__module__.startswith("compress."):
-        fix += "; a pass of your own must list what it preserves"
-    return PlanError(f"{problem}; rule {one.rule}: {rule}", where=plan.source.where(("pass", index)), fix=fix)
-
-
 def _sweeps(plan: Plan) -> tuple[tuple[int, ...], ...]:
     """Consecutive local passes share a sweep; one that surveys the whole model first begins a new one."""
     sweeps: list[list[int]] = [[]]
@@ -364,49 +343,22 @@ def _check_texts(plan: Plan) -> None:
             )
 
 
+def _files(plan: Plan, skeleton: Skeleton, linears: Iterable[Linear], form: Format) -> Iterator[Shard]:
+    """The files to be written: the weights, and the masks where the format packs weights."""
+    by_stored = {linear.stored: linear for linear in linears if linear.passes}
+    slots: list[Slot] = []
+    for info in _in_model_order(skeleton):
+        linear = by_stored.get(info.name)
+        slots += form.slots(linear) if linear else [Slot(info.name, info.dtype, info.shape)]
+    yield from lay_out(slots, int(plan.exports[0].shard_size))
+    masks = [Slot(f"{n.name}.mask", "U8", (n.out_features, -(-n.in_features // 8))) for n in linears if n.masked]
+    if form.packs and masks:
+        yield Shard(MASKS, tuple(masks))
+
+
 def _warnings(plan: Plan, skeleton: Skeleton) -> Iterator[str]:
     if "/" in plan.model.path and not plan.resolve(plan.model.path).is_dir() and plan.model.revision is None:
         yield "the hub model has no revision: the lock is not reproducible"
     if skeleton.extra:
         count = len(skeleton.extra)
         yield f"{count} stored tensors are unknown to the model and copied as they are: {skeleton.extra[0]}"
-
-
-def explain(lock: Lock, name: str) -> dict[str, Any]:
-    """Each setting of one layer, and the line of the plan that gave it. Raises PlanError for an unknown layer."""
-    names = [linear.name for linear in lock.linears]
-    if name not in names:
-        fix = f"layers are named like {names[0]}"
-        raise PlanError(f'no linear "{name}"{nearest(name, names)}', where=lock.plan.source.name, fix=fix)
-    linear = lock.linears[names.index(name)]
-    passes = []
-    for index, one in enumerate(lock.plan.passes):
-        line = lock.plan.source.line(("pass", index))
-        entry: dict[str, Any] = {"pass": index, "use": one.use(), "line": line}
-        resolved = dict(linear.passes).get(index)
-        if resolved is None:
-            entry["skipped"] = "an except pattern matches" if matches(name, one.except_) else "no match pattern matches"
-        else:
-            given = resolved.settings().items()
-            entry["settings"] = [_given(lock.plan, index, key, value, name) for key, value in given]
-        passes.append(entry)
-    return {
-        "name": linear.name,
-        "tensor": linear.stored,
-        "block": linear.block,
-        "inputs_shared_with": [other.name for other in lock.in_block(linear.block) if other.subset == linear.subset],
-        "shape": [linear.out_features, linear.in_features],
-        "dtype": linear.dtype,
-        "passes": passes,
-    }
-
-
-def _given(plan: Plan, index: int, key: str, value: Any, name: str) -> dict[str, Any]:
-    """Where a setting of a layer comes from: the last `where` that matches, the pass's table, or the default."""
-    one = plan.passes[index]
-    location: tuple[str | int, ...] | None = ("pass", index, key) if key in one.model_fields_set else None
-    for number, table in enumerate(one.where):
-        if matches(name, table.match) and key in table.overrides():
-            location = ("pass", index, "where", number, key)
-    source = "default" if location is None else plan.source.where(location).split(": ")[0]
-    return {"key": key, "value": value, "from": source}

@@ -178,7 +178,7 @@ def _counts(lock: Lock, tensors: FinalTensors) -> tuple[int, int, float]:
     parameters = sum(int(torch.Size(lock.checkpoint.tensors[name].shape).numel()) for name in stored)
     pruned = 0
     for linear in lock.linears:
-        packed = tensors.state(linear.block).get(f"{linear.name}:mask")
+        packed = tensors.mask(linear)
         if packed is not None:
             pruned += linear.weights - int(unpack_bits(packed, linear.in_features).sum())
     return parameters, parameters - pruned, pruned / sum(linear.weights for linear in lock.linears)

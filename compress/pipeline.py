@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress.calibration.moments import Moments, Statistics
 from compress.calibration.plan_source import make_tokens
 from compress.calibration.tokens import TokenSet
-from compress.checkpoint import Shard, lay_out, read_file, slots_of, write_shard
+from compress.checkpoint import DTYPES, Shard, lay_out, read_file, slots_of, write_shard
 from compress.errors import CompressError, OutputError, PlanError, RunError
 from compress.estimate import Mode, check_disk, choose_mode
 from compress.export.huggingface import FinalTensors, export
@@ -31,7 +31,7 @@ from compress.outcome import assemble, emitted_lock, finished_report, identity, 
 from compress.passes.base import LinearPass
 from compress.progress import Progress
 from compress.report import BlockLine, LedgerLine, Report, VerifiedInfo
-from compress.state import LinearState
+from compress.state import LinearState, kept_of, kept_weight
 from compress.stream import Activations, Skeleton
 from compress.walk import Walk, batch_rows
 
@@ -271,7 +271,7 @@ class Execution:
         subsets = [[lin for lin in linears if lin.subset == n] for n in sorted({lin.subset for lin in linears})]
         measured = [subset for subset in subsets if max(lock.statistics(lin, sweep) for lin in subset)]
         artifact, ledger = dict(before), []
-        with self.skeleton.block(index, self._as_parameters(before)) as module:
+        with self.skeleton.block(index, self._as_parameters(index, before)) as module:
             stops = [tuple(lin.name.removeprefix(prefix) for lin in subset) for subset in measured]
             with self._walk(module, index, stops, flow) as walk:
                 moments = _moments(self, sweep, measured, walk)
@@ -308,8 +308,9 @@ class Execution:
         dense = (stored.T if linear.transposed else stored).to(self.mode.device).float().contiguous()
         state = LinearState(linear.name, dense, dense, stored.dtype)
         kept = before if before is not None else (self._kept(sweep - 1, linear.block) if sweep else {})
-        if f"{linear.name}:weight" in kept:
-            state.restore({name: tensor.to(self.mode.device) for name, tensor in kept.items()})
+        mine = kept_of(linear.name, kept)
+        if mine:
+            state.restore({name: tensor.to(self.mode.device) for name, tensor in mine.items()})
         return state
 
     def _compress(
@@ -407,14 +408,13 @@ class Execution:
     def _final_state(self, block: int) -> dict[str, Tensor]:
         return self._kept(len(self.lock.sweeps) - 1, block)
 
-    def _as_parameters(self, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights the journal keeps, as values for the block's parameters."""
-        transposed = {linear.name for linear in self.lock.linears if linear.transposed}
+    def _as_parameters(self, index: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the journal keeps of a block, as values for its parameters."""
         values = {}
-        for key, tensor in kept.items():
-            name, _, kind = key.rpartition(":")
-            if kind == "weight":
-                values[f"{name}.weight"] = tensor.T if name in transposed else tensor
+        for linear in self.lock.in_block(index):
+            if kept_of(linear.name, kept):
+                weight = kept_weight(linear.name, kept, DTYPES[linear.dtype])
+                values[f"{linear.name}.weight"] = weight.T if linear.transposed else weight
         return values
 
     def _clear_staging(self) -> None:

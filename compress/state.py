@@ -6,13 +6,15 @@ Weights are always (out_features, in_features), whatever the checkpoint stores (
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 
@@ -87,9 +89,98 @@ def lowest_in_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     return (ranks < pattern.group - pattern.kept).T.reshape(scores.shape)
 
 
+class GridSpec(NamedTuple):
+    """What a plan decides of a grid: integer codes of `bits`, a scale and a zero-point per `group_size` columns.
+
+    `group_size` divides the width; −1 is one group per row. `symmetric`: the zero-point is 2^(bits−1), the middle code.
+    `scale_dtype` is that of the stored scales; None is the checkpoint's.
+    """
+
+    bits: int
+    group_size: int = -1
+    symmetric: bool = True
+    scale_dtype: torch.dtype | None = None
+
+    @property
+    def largest(self) -> int:
+        """The largest code; the smallest is 0."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero-point of a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    def width(self, in_features: int) -> int:
+        """Columns that share a scale."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    def groups(self, in_features: int) -> int:
+        """Scales per row."""
+        return in_features // self.width(in_features)
+
+    def code(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The code (0 … largest, float) nearest to each of `values`; scale and zero broadcast to them."""
+        return (values / scale).round_().add_(zero).clamp_(0, self.largest)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A weight as integer codes: ``w = scale · (code − zero)``, so 0 is always a value (decision D4).
+
+    Attributes:
+        spec: what the plan decided.
+        scale: (out_features, groups), positive, in the dtype in which it is stored.
+        zero: (out_features, groups) uint8, a code.
+        codes: (out_features, in_features) uint8.
+    """
+
+    spec: GridSpec
+    scale: Tensor
+    zero: Tensor
+    codes: Tensor
+
+    def spread(self, per_group: Tensor) -> Tensor:
+        """(out, groups) → (out, in): each group's value for each of its columns."""
+        return per_group.repeat_interleave(self.codes.shape[1] // per_group.shape[1], dim=1)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), float32 holding values of `dtype`.
+
+        The product is rounded once, to `dtype`: what a reader computes that multiplies in the model's dtype, because
+        float32 holds the product of an 11-bit significand and a code exactly.
+        """
+        rows, groups = self.scale.shape
+        steps = self.codes.view(rows, groups, -1).float() - self.zero.unsqueeze(-1).float()  # (out, groups, width)
+        return steps.mul_(self.scale.unsqueeze(-1).float()).flatten(1).to(dtype).float()
+
+    def zeroed(self, pruned: Tensor) -> Grid:
+        """The same grid with the code of 0 where `pruned` (out, in) is True."""
+        return replace(self, codes=torch.where(pruned, self.spread(self.zero), self.codes))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What the journal keeps of the grid of linear `name`."""
+        spec = torch.tensor([self.spec.bits, self.spec.group_size, self.spec.symmetric], dtype=torch.int32)
+        return {
+            f"{name}:grid": spec,
+            f"{name}:codes": self.codes,
+            f"{name}:scale": self.scale,
+            f"{name}:zero": self.zero,
+        }
+
+    @classmethod
+    def restore(cls, name: str, tensors: Mapping[str, Tensor]) -> Grid | None:
+        """The inverse of `tensors`; None when there is no grid of that name."""
+        if f"{name}:grid" not in tensors:
+            return None
+        codes, scale, zero = (tensors[f"{name}:{kind}"] for kind in ("codes", "scale", "zero"))
+        bits, group_size, symmetric = tensors[f"{name}:grid"].tolist()
+        return cls(GridSpec(bits, group_size, bool(symmetric), scale.dtype), scale, zero, codes)
+
+
 @dataclass
 class LinearState:
-    """One linear layer. Passes change `weight` and may only clear bits of `mask`.
+    """One linear layer. Passes change `weight`, may only clear bits of `mask`, and may put the weight on a grid once.
 
     Attributes:
         name: full module name, e.g. ``model.layers.0.mlp.down_proj``.
@@ -97,6 +188,7 @@ class LinearState:
         dense: (out_features, in_features) float32, the weight as the model came; never changed.
         dtype: the dtype of the checkpoint; `settle` rounds to it.
         mask: (out_features, in_features) bool, True = kept; None while nothing is pruned.
+        grid: codes and scales; None while the weight is free. With a grid, `weight` is the grid's value.
     """
 
     name: str
@@ -104,6 +196,7 @@ class LinearState:
     dense: Tensor
     dtype: torch.dtype
     mask: Tensor | None = None
+    grid: Grid | None = None
 
     @property
     def out_features(self) -> int:
@@ -124,7 +217,14 @@ class LinearState:
     def prune(self, pruned: Tensor) -> None:
         """Clear the bits of the mask where `pruned` (out_features, in_features) is True. Bits never come back."""
         self.mask = ~pruned if self.mask is None else self.mask & ~pruned
+        if self.grid is not None:
+            self.grid = self.grid.zeroed(~self.mask)
         self.weight = self.effective()
+
+    def quantize(self, grid: Grid) -> None:
+        """Put the weight on a grid; pruned entries get the code of 0."""
+        self.grid = grid if self.mask is None else grid.zeroed(~self.mask)
+        self.weight = self.grid.dequantize(self.dtype)
 
     def settle(self) -> None:
         """Round the weight to the checkpoint's dtype, so that what runs next is what will be written."""
@@ -136,17 +236,32 @@ class LinearState:
         return 0.0 if self.mask is None else 1.0 - self.mask.sum().item() / self.mask.numel()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the journal keeps, once settled: the weight in the checkpoint's dtype and the mask, by suffixed name."""
-        kept = {f"{self.name}:weight": self.weight.to(self.dtype)}
+        """What the journal keeps, once settled: the mask, and the grid or else the weight in the checkpoint's dtype."""
+        if self.grid is not None:
+            kept = self.grid.tensors(self.name)
+        else:
+            kept = {f"{self.name}:weight": self.weight.to(self.dtype)}
         if self.mask is not None:
             kept[f"{self.name}:mask"] = pack_bits(self.mask)
         return kept
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`: take up weight and mask as the journal kept them."""
-        self.weight = tensors[f"{self.name}:weight"].float()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`: take up mask, grid and weight as the journal kept them."""
+        self.weight = kept_weight(self.name, tensors, self.dtype).float()
+        self.grid = Grid.restore(self.name, tensors)
         packed = tensors.get(f"{self.name}:mask")
         self.mask = None if packed is None else unpack_bits(packed, self.in_features)
+
+
+def kept_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a block's tensors, as the journal keeps them, is of linear `name`."""
+    return {key: tensor for key, tensor in tensors.items() if key.rpartition(":")[0] == name}
+
+
+def kept_weight(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) of linear `name`, in `dtype`, from what the journal keeps of it."""
+    grid = Grid.restore(name, tensors)
+    return tensors[f"{name}:weight"] if grid is None else grid.dequantize(dtype).to(dtype)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import compress
+from compress.checking import explain
 from compress.errors import PlanError, RunError
-from compress.lock import compile_plan, explain
+from compress.lock import compile_plan
 from tests.conftest import files_of, tiny_directory
 
 if TYPE_CHECKING:

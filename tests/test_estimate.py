@@ -159,7 +159,7 @@ def test_check_reads_no_weight(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("a weight was read")
 
     lock = lock_of(model)
-    monkeypatch.setattr("compress.checkpoint._read_tensor", forbidden)
+    monkeypatch.setattr("compress.checkpoint.read_tensor", forbidden)
     found = compress.check(lock.plan)
     assert found["memory"]["peak_bytes"] == max(found["memory"]["phases"].values())
     assert found["output_bytes"] == sum(file["bytes"] for file in found["files"])

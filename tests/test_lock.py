@@ -9,11 +9,12 @@ from typing import ClassVar
 
 import pytest
 
-from compress.checking import check_plan
+from compress.checking import check_plan, explain
 from compress.checkpoint import INDEX, Checkpoint
-from compress.lock import RULES, compile_plan, explain
+from compress.lock import compile_plan
 from compress.passes import Invariant, LinearPass, LinearState, Moments, Note
 from compress.plan import load_plan
+from compress.rules import RULES
 from tests.conftest import tiny_directory
 from tests.models import FAMILIES
 from tests.test_cli import PLAN, command, refused
@@ -169,7 +170,7 @@ def test_no_weight_is_read(folder: Path, capsys: pytest.CaptureFixture[str], mon
     def read(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("compress.checkpoint._read_tensor", read)
+    monkeypatch.setattr("compress.checkpoint.read_tensor", read)
     assert command(capsys, "check", "plan.toml").code == 0
     assert command(capsys, "explain", "plan.toml", "model.layers.0.mlp.up_proj").code == 0
 

@@ -35,11 +35,15 @@ DAMPING_LADDER = (1.0, 10.0, 100.0)
 
 @dataclass(frozen=True)
 class Factor:
-    """``H_λ⁻¹ = Uᵀ U`` with U (in, in) upper-triangular; `damping` is the one that succeeded, `dead` (in,) bool."""
+    """``H_λ⁻¹ = Uᵀ U`` with U (in, in) upper-triangular; `damping` is the one that succeeded, `dead` (in,) bool.
+
+    `order` (in,): the columns that the rows and columns of U stand for; None where they are in order.
+    """
 
     upper: Tensor
     damping: float
     dead: Tensor
+    order: Tensor | None = None
 
 
 @dataclass
@@ -59,7 +63,7 @@ class Moments:
         self._lower: Tensor | None = None
         if self.statistics is Statistics.GRAM:
             self._lower = torch.zeros(self.in_features, self.in_features, device=self.device)
-        self._factors: dict[float, Factor] = {}
+        self._factors: dict[tuple[float, bool], Factor] = {}
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch. `inputs`: (tokens, in_features), real tokens only."""
@@ -105,26 +109,30 @@ class Moments:
         """False when an input held NaN or infinity, or a sum overflowed."""
         return bool(torch.isfinite(self.squares).all())
 
-    def factor(self, damping: float) -> Factor:
+    def factor(self, damping: float, *, by_activation: bool = False) -> Factor:
         """U of ``(H + λI)⁻¹ = Uᵀ U``, ``λ = damping · mean(diag H)`` (SparseGPT, arXiv 2301.00774, section 3).
 
         One Cholesky of the matrix read backwards and one triangular inverse: with ``J H J = L Lᵀ`` (J reverses the
         order), ``H = R Rᵀ`` for the upper-triangular ``R = J L J``, hence ``U = R⁻¹``. Dead columns (never a nonzero
         input) get a unit diagonal, so that they neither send nor receive updates. The result is kept: all passes of
-        a sweep and all linears of a subset use it.
+        a sweep and all linears of a subset use it. `by_activation`: of H with its largest diagonal entries first.
 
         Raises:
             RunError: the matrix is not positive definite at any step of the ladder.
         """
-        if damping in self._factors:
-            return self._factors[damping]
+        key = (damping, by_activation)
+        if key in self._factors:
+            return self._factors[key]
         diagonal = self.squares
+        order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else None
         mean = diagonal.mean().item()
         dead = diagonal == 0
         for step in DAMPING_LADDER:
             damped = self.gram()
             damped.diagonal().add_(damping * step * mean)
             damped.diagonal()[dead] = 1.0
+            if order is not None:
+                damped = damped[order][:, order]
             damped = damped.flip(0, 1)
             failed = torch.empty((), dtype=torch.int32, device=self.device)
             L, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))
@@ -134,8 +142,8 @@ class Moments:
                 identity = torch.eye(self.in_features, device=self.device)
                 upper = torch.linalg.solve_triangular(R, identity, upper=True)
                 if bool(torch.isfinite(upper).all()):
-                    self._factors[damping] = Factor(upper, damping * step, dead)
-                    return self._factors[damping]
+                    self._factors[key] = Factor(upper, damping * step, dead, order)
+                    return self._factors[key]
         raise RunError(
             f"the second moment of the input ({self.in_features} columns, {self.tokens} tokens) is not positive "
             f"definite, even with damping {damping * DAMPING_LADDER[-1]:g}",

@@ -23,9 +23,8 @@ from compress.architecture import architecture_for
 from compress.calibration.plan_source import load_tokenizer, located
 from compress.calibration.sources import whole_text
 from compress.calibration.tokens import eval_stream
-from compress.checkpoint import Checkpoint
 from compress.errors import PlanError
-from compress.hub import load_config
+from compress.export.reader import open_model
 from compress.report import Divergence, EvaluationLine, TextScore
 from compress.stream import Activations, Skeleton
 from compress.walk import batch_rows
@@ -70,8 +69,7 @@ def evaluate(
 
 
 def _open(directory: Path, device: torch.device, *, trust_remote_code: bool) -> Skeleton:
-    config = load_config(directory, trust_remote_code=trust_remote_code)
-    checkpoint = Checkpoint(directory)
+    config, checkpoint = open_model(directory, trust_remote_code=trust_remote_code)
     skeleton = Skeleton(checkpoint, config, architecture_for(config.model_type), trust_remote_code=trust_remote_code)
     return skeleton.to(device, torch.float32)
 

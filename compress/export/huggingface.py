@@ -1,4 +1,4 @@
-"""The `huggingface` format: the tensors, names and dtypes of the source, zeros where pruned, and its other files."""
+"""A directory that readers load: the weights in the plan's format, the source's other files, the plan and its lock."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import INDEX, index_text, is_inside, write_shard
+import torch
+
+from compress.checkpoint import INDEX, is_inside, read_json, write_shard
 from compress.errors import ModelError
+from compress.state import kept_of, pack_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.checkpoint import Slot
     from compress.lock import Linear, Lock
 
 # Beside the weights, what a transformers model directory may hold; anything else is not ours to copy.
@@ -36,12 +40,15 @@ COPIED = (
 
 
 class FinalTensors:
-    """The tensors to be emitted, by stored name: compressed linears from the journal, all else from the source."""
+    """The tensors to be emitted, by name: compressed linears from the journal, all else from the source."""
 
     def __init__(self, lock: Lock, block_state: Callable[[int], dict[str, Tensor]]) -> None:
         """`block_state` reads what the journal keeps of a block; the last one read is held."""
         self.lock, self._block_state = lock, block_state
-        self.linears: dict[str, Linear] = {linear.stored: linear for linear in lock.linears if linear.passes}
+        self.linears: dict[str, tuple[Linear, Slot]] = {
+            slot.name: (linear, slot) for linear in lock.linears if linear.passes for slot in lock.form.slots(linear)
+        }
+        self._masks = {f"{linear.name}.mask": linear for linear in lock.linears if linear.masked}
         self._held: tuple[int, dict[str, Tensor]] = (-1, {})
 
     def state(self, block: int) -> dict[str, Tensor]:
@@ -50,23 +57,38 @@ class FinalTensors:
             self._held = (block, self._block_state(block))
         return self._held[1]
 
-    def __getitem__(self, stored: str) -> Tensor:
-        linear = self.linears.get(stored)
-        if linear is None:
-            return self.lock.checkpoint.read(stored)
-        weight = self.state(linear.block)[f"{linear.name}:weight"]
-        return weight.T.contiguous() if linear.transposed else weight
+    def kept(self, linear: Linear) -> dict[str, Tensor]:
+        """The journal's tensors of one linear."""
+        return kept_of(linear.name, self.state(linear.block))
+
+    def mask(self, linear: Linear) -> Tensor | None:
+        """The bit-packed mask of a linear."""
+        return self.kept(linear).get(f"{linear.name}:mask")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.linears:
+            linear, slot = self.linears[name]
+            return self.lock.form.encode(linear, slot, self.kept(linear))
+        if name in self._masks:
+            linear = self._masks[name]
+            packed = self.mask(linear)  # a pass that may prune need not have
+            whole = torch.ones(linear.out_features, linear.in_features, dtype=torch.bool)
+            return pack_bits(whole) if packed is None else packed
+        return self.lock.checkpoint.read(name)
 
 
 def export(lock: Lock, lock_json: dict[str, Any], tensors: FinalTensors, directory: Path) -> None:
     """Write the model, its plan and `lock_json` into `directory`, which must be empty, a tensor at a time."""
     for shard in lock.shards:
         write_shard(shard, directory, tensors)
-    index = index_text(list(lock.shards))
-    if index:
-        (directory / INDEX).write_text(index, encoding="utf-8")
+    if lock.index:
+        (directory / INDEX).write_text(lock.index, encoding="utf-8")
     for path in copied_files(lock.directory, code=lock.plan.model.trust_remote_code):
         shutil.copyfile(path, directory / path.name)
+    quantization = lock.form.config(lock) if any(lock.form.holds(linear) for linear in lock.linears) else None
+    if quantization:
+        config = read_json(lock.directory / "config.json") | {"quantization_config": quantization}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (directory / "plan.toml").write_text(lock.plan.source.text, encoding="utf-8")
     text = json.dumps(lock_json, indent=1, sort_keys=True)
     (directory / "lock.json").write_text(text + "\n", encoding="utf-8")

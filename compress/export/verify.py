@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import DTYPES, MASKS, Checkpoint
 from compress.errors import RunError
-from compress.state import unpack_bits
+from compress.export.formats import PackedFormat
+from compress.state import kept_weight, unpack_bits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.export.huggingface import FinalTensors
+    from compress.lock import Linear
 
 
 def verify(tensors: FinalTensors, directory: Path) -> tuple[int, int]:
-    """Compare every emitted tensor with what it must be, and every mask with the zeros.
+    """Compare every emitted tensor with what it must be, every decoded weight with `effective()`, masks with zeros.
 
     Returns:
         how many tensors and how many bytes were compared.
@@ -32,26 +34,41 @@ def verify(tensors: FinalTensors, directory: Path) -> tuple[int, int]:
         RunError: a tensor is missing, differs in a bit, or is not zero where its mask prunes.
     """
     lock = tensors.lock
-    written = Checkpoint(directory).tensors
-    expected = set(lock.checkpoint.tensors)
-    if set(written) != expected:
-        odd = sorted(set(written) ^ expected)[0]
-        raise _differs(odd, directory, "is in only one of source and output")
+    written = set(Checkpoint(directory).tensors)
+    expected = {slot.name for shard in lock.shards if shard.file != MASKS for slot in shard.slots}
+    if written != expected:
+        odd = sorted(written ^ expected)[0]
+        raise _differs(odd, directory, "is in only one of lock and output")
+    files = {slot.name: directory / shard.file for shard in lock.shards for slot in shard.slots}
     total = 0
     for shard in lock.shards:
         for slot in shard.slots:
-            found = read_independently(directory / shard.file, slot.name)
-            wanted = tensors[slot.name]
-            if not same_bits(found, wanted):
+            if not same_bits(read_independently(files[slot.name], slot.name), tensors[slot.name]):
                 raise _differs(slot.name, directory, "differs from what was compressed")
-            linear = tensors.linears.get(slot.name)
-            packed = tensors.state(linear.block).get(f"{linear.name}:mask") if linear else None
-            if linear and packed is not None:
-                weight = found.T if linear.transposed else found
-                if bool((weight[~unpack_bits(packed, linear.in_features)] != 0).any()):
-                    raise _differs(slot.name, directory, "is not zero where its mask prunes")
             total += slot.bytes
-    return len(written), total
+    for linear in lock.linears:
+        if linear.passes:
+            _verify_linear(linear, tensors, files, directory)
+    return len(files), total
+
+
+def _verify_linear(linear: Linear, tensors: FinalTensors, files: dict[str, Path], directory: Path) -> None:
+    """Decode a linear from its files: it must be `effective()`, and 0 where its mask prunes."""
+    form = tensors.lock.form
+    parts = {slot.name: read_independently(files[slot.name], slot.name) for slot in form.slots(linear)}
+    dtype = DTYPES[linear.dtype]
+    if isinstance(form, PackedFormat) and linear.grid is not None:
+        by_suffix = {name.rpartition(".")[2]: part for name, part in parts.items()}
+        weight = form.decode(by_suffix, linear.grid).dequantize(dtype).to(dtype)
+    else:
+        (stored,) = parts.values()
+        weight = stored.T if linear.transposed else stored
+    kept = tensors.kept(linear)
+    if not same_bits(weight, kept_weight(linear.name, kept, dtype)):
+        raise _differs(linear.name, directory, "decodes to another weight than was evaluated")
+    packed = tensors.mask(linear)
+    if packed is not None and bool((weight[~unpack_bits(packed, linear.in_features)] != 0).any()):
+        raise _differs(linear.name, directory, "is not zero where its mask prunes")
 
 
 def read_independently(path: Path, name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """The methods, one file each. `from compress.passes import Wanda, SparseGPT`."""
 
 from compress.passes.base import (
+    GridSettings,
     Invariant,
     LinearPass,
     LinearState,
@@ -8,15 +9,21 @@ from compress.passes.base import (
     Note,
     Pass,
     PruningPass,
+    QuantizingPass,
     Statistics,
     Survey,
     Where,
 )
+from compress.passes.gptq import GPTQ
 from compress.passes.magnitude import Magnitude
+from compress.passes.rtn import RTN
 from compress.passes.sparsegpt import SparseGPT
 from compress.passes.wanda import Wanda
 
 __all__ = [
+    "GPTQ",
+    "RTN",
+    "GridSettings",
     "Invariant",
     "LinearPass",
     "LinearState",
@@ -25,6 +32,7 @@ __all__ = [
     "Note",
     "Pass",
     "PruningPass",
+    "QuantizingPass",
     "SparseGPT",
     "Statistics",
     "Survey",

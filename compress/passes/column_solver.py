@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from compress.passes.grid_search import fit, grid_of
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
+
+    from compress.passes.base import GridSettings
+    from compress.state import Grid
 
 
 class ColumnRule(Protocol):
@@ -33,23 +40,89 @@ class ColumnRule(Protocol):
         """The final value (out,) of a column whose weights are now `current` (out,)."""
 
 
-def solve_columns(weight: Tensor, upper: Tensor, rule: ColumnRule, *, block_size: int) -> tuple[Tensor, float]:
-    """Fix every column by `rule`.
+class OnGrid:
+    """The rule of GPTQ: a column becomes the nearest values of its groups' grids.
+
+    Without `ranges`, a group's scale and zero-point are found when its first column is reached, from weights that
+    carry all errors so far, so that nothing depends on the block size of the solver.
+    """
+
+    def __init__(
+        self,
+        settings: GridSettings,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        pruned: Callable[[int, Tensor, Tensor], Tensor | None],
+        *,
+        ranges: tuple[Tensor, Tensor] | None = None,
+        columns: Tensor | None = None,
+    ) -> None:
+        """Prepare for one layer.
+
+        Args:
+            settings: bits and so on.
+            shape: (in, out) of the transposed weight.
+            dtype: of the checkpoint; values are rounded to it.
+            pruned: the entries (group, out) of a group that are or will be pruned, from what `begin` gets.
+            ranges: scales and zero-points (out, groups) fixed beforehand.
+            columns: (in,) the layer's column at each place of the loop, where it is not that place itself.
+        """
+        spec = settings.grid()
+        assert spec is not None
+        self.spec, self.clip, self.dtype, self._pruned = spec, settings.clip, dtype, pruned
+        self.width = spec.width(shape[0])
+        self.group = self.width if ranges is None else shape[0]
+        self._fixed, self._columns = ranges is not None, columns
+        self._place = range(shape[0]) if columns is None else columns.tolist()
+        if ranges is None:
+            ranges = (torch.empty(shape[1], shape[0] // self.width), torch.empty(shape[1], shape[0] // self.width))
+        self.scale, self.zero = (one.T.contiguous() for one in ranges)  # (groups, out)
+        self.codes = torch.empty(shape, dtype=torch.uint8)  # in the order of the loop
+
+    def begin(self, start: int, current: Tensor, diagonal: Tensor) -> None:
+        """Find the range of a group: the columns matter as much as their errors cost, ``1 / U_jj²``."""
+        if start == 0:
+            self.scale, self.zero, self.codes = (x.to(current.device) for x in (self.scale, self.zero, self.codes))
+        if self._fixed:
+            return
+        pruned = self._pruned(start, current, diagonal)
+        live = (current if pruned is None else current.masked_fill(pruned, 0.0)).T.contiguous()  # (out, group)
+        scale, zero = fit(live, self.spec, self.dtype, clip=self.clip, importance=diagonal.square().reciprocal())
+        self.scale[start // self.width], self.zero[start // self.width] = scale, zero
+
+    def project(self, column: int, current: Tensor) -> Tensor:
+        """The nearest values of the column's grids."""
+        group = self._place[column] // self.width
+        scale, zero = self.scale[group], self.zero[group]
+        code = self.spec.code(current, scale, zero)
+        self.codes[column] = code
+        return code.sub_(zero).mul_(scale).to(self.dtype).float()
+
+    def grid(self) -> Grid:
+        """Codes and ranges, when all columns are fixed."""
+        codes = self.codes
+        if self._columns is not None:
+            codes = torch.empty_like(codes).index_copy_(0, self._columns, codes)
+        return grid_of(codes.T.contiguous(), self.scale.T.contiguous(), self.zero.T.contiguous(), self.spec, self.dtype)
+
+
+def solve_columns(
+    weight: Tensor, upper: Tensor, rules: Sequence[ColumnRule], *, block_size: int
+) -> tuple[Tensor, float]:
+    """Fix every column by `rules`, each on what the one before it gives.
 
     Args:
         weight: (out, in) float32; not changed.
         upper: (in, in) float32, U.
-        rule: decides the final values.
+        rules: decide the final values.
         block_size: columns per lazy update, which must not influence the result beyond rounding.
 
     Returns:
         Q (out, in) and ``‖E‖²``, the error in the norm of ``H_λ``.
     """
-    W = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the layer is one contiguous row here
+    W = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the layer is one contiguous row
     columns = W.shape[0]
-    # A group lies within a block or is made of whole blocks, or `begin` would miss updates.
-    group = rule.group
-    block_size = block_size // group * group if group <= block_size else math.gcd(group, block_size)
+    block_size = _block_size(block_size, [min(rule.group, columns) for rule in rules])
     loss = 0.0
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
@@ -59,11 +132,12 @@ def solve_columns(weight: Tensor, upper: Tensor, rule: ColumnRule, *, block_size
         inverse = U.diagonal().reciprocal().tolist()
         for i in range(stop - start):
             column = start + i
-            if column % group == 0:
-                ahead = slice(column, min(column + group, columns))
-                rule.begin(column, W[ahead], upper.diagonal()[ahead])
-            current = block[i]
-            final = rule.project(column, current)
+            final = current = block[i]
+            for rule in rules:
+                if column % rule.group == 0:
+                    ahead = slice(column, min(column + rule.group, columns))
+                    rule.begin(column, W[ahead], upper.diagonal()[ahead])
+                final = rule.project(column, final)
             torch.sub(current, final, out=errors[i]).mul_(inverse[i])
             current.copy_(final)
             if column + 1 < stop:
@@ -72,3 +146,16 @@ def solve_columns(weight: Tensor, upper: Tensor, rule: ColumnRule, *, block_size
         if stop < columns:
             W[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
     return W.T.contiguous(), loss
+
+
+def _block_size(wanted: int, groups: list[int]) -> int:
+    """A block near `wanted` in which every group lies whole, or which whole blocks make up: else `begin` misses updates.
+
+    Groups up to `wanted` must divide the block, and the block must divide the larger ones.
+    """
+    inside = math.lcm(*(group for group in groups if group <= wanted))
+    outside = math.gcd(*(group for group in groups if group > wanted))  # 0 when there is none
+    if inside <= wanted and outside % inside == 0:
+        fitting = [inside * n for n in range(wanted // inside, 0, -1) if outside % (inside * n) == 0]
+        return fitting[0]
+    return math.gcd(*groups)

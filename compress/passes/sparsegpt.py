@@ -6,6 +6,9 @@ columns of the whole layer for a sparsity, per row and M columns for N:M. A prun
 columns to its right (`column_solver`). Dead columns (never an input) have saliency 0 and go first; those that the
 count spares keep their weight, because calibration says nothing about them.
 
+With `bits`, the weights that are kept become codes of a grid in the same loop, so that each column's error holds both
+what was pruned and what was rounded (section 3.5 of the paper; ours has groups of columns, as in `gptq`).
+
 `least_squares` solves afterwards ``min ‖(W − Ŵ) X‖²`` on the final mask for all rows, by conjugate gradients on
 ``H_λ`` preconditioned with its diagonal, starting from SparseGPT's own solution, so the error never grows.
 """
@@ -15,16 +18,25 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.passes.base import Invariant, LinearState, Moments, Note, PruningPass, Statistics
-from compress.passes.column_solver import solve_columns
+from compress.passes.base import (
+    GridSettings,
+    Invariant,
+    LinearState,
+    Moments,
+    Note,
+    PruningPass,
+    SettingError,
+    Statistics,
+)
+from compress.passes.column_solver import OnGrid, solve_columns
 from compress.state import lowest_in_groups, lowest_of_all, pruned_count
 
 
-class SparseGPT(PruningPass):
-    """Prune with second-order updates of the remaining weights."""
+class SparseGPT(GridSettings, PruningPass):
+    """Prune with second-order updates of the remaining weights; with `bits`, quantize them in the same loop."""
 
     damping: float = Field(default=0.01, gt=0, le=10, description="λ as a fraction of the mean diagonal of H")
     mask_block: int = Field(default=128, ge=1, description="columns among which a sparsity is met")
@@ -35,13 +47,36 @@ class SparseGPT(PruningPass):
     # The update moves kept weights off any grid.
     preserves: ClassVar[frozenset[Invariant]] = PruningPass.preserves - {Invariant.GRID}
 
+    @model_validator(mode="after")
+    def _one_solution(self) -> SparseGPT:
+        if self.bits is not None and self.least_squares:
+            problem = "least_squares moves weights off the grid of bits"
+            raise SettingError(problem, "leave bits out, and quantize in a gptq pass after this one")
+        unused = {"group_size", "symmetric", "clip", "scale_dtype"} & self.model_fields_set
+        if self.bits is None and unused:
+            raise SettingError(f"{min(unused)} has no meaning without bits", "add bits, or leave it out")
+        return self
+
+    def provides(self) -> frozenset[Invariant]:
+        """A grid too, when one is asked for."""
+        return super().provides() | ({Invariant.GRID} if self.bits is not None else frozenset())
+
+    def check_shape(self, out_features: int, in_features: int) -> None:
+        """The group of a pattern and the group of a grid must divide the input width."""
+        super().check_shape(out_features, in_features)
+        self.check_group(in_features)
+
     def apply(self, linear: LinearState, moments: Moments) -> Note:
         """Prune one layer and update the weights it keeps."""
         factor = moments.factor(self.damping)
-        rule = _Mask(self, linear, factor.dead)
-        weight, loss = solve_columns(linear.effective(), factor.upper, rule, block_size=self.block_size)
-        linear.prune(rule.pruned.T)
+        mask = _Mask(self, linear, factor.dead)
+        on_grid = OnGrid(self, mask.shape, linear.dtype, mask.preview) if self.bits is not None else None
+        rules = (mask,) if on_grid is None else (mask, on_grid)
+        weight, loss = solve_columns(linear.effective(), factor.upper, rules, block_size=self.block_size)
+        linear.prune(mask.pruned.T)
         linear.weight = weight
+        if on_grid is not None:
+            linear.quantize(on_grid.grid())
         if self.least_squares:
             assert linear.mask is not None
             H = moments.gram()
@@ -63,20 +98,39 @@ class _Mask:
         self.pruned = (  # (in, out)
             torch.zeros_like(linear.weight.T, dtype=torch.bool) if before is None else ~before.T
         ).contiguous()
+        self.shape = (linear.in_features, linear.out_features)
         self._zero = torch.zeros((), device=linear.weight.device)
 
     def begin(self, start: int, current: Tensor, diagonal: Tensor) -> None:
+        span = slice(start, start + current.shape[0])
+        self.pruned[span] |= self._chosen(start, current, diagonal)
+
+    def preview(self, start: int, current: Tensor, diagonal: Tensor) -> Tensor:
+        """What would be pruned of any group of columns (columns, out) if the choice were made now.
+
+        The range of a grid's group is found before the mask of its last columns is.
+        """
+        size = self.group
+        chosen = torch.zeros_like(current, dtype=torch.bool)
+        for at in range(start - start % size, start + current.shape[0], size):
+            lo, hi = max(at, start), min(at + size, start + current.shape[0])
+            part = slice(lo - start, hi - start)
+            if hi - lo == min(size, self.shape[0] - at):  # a whole group of the mask
+                chosen[part] = self._chosen(at, current[part], diagonal[part])
+        return chosen | self.pruned[start : start + current.shape[0]]
+
+    def _chosen(self, start: int, current: Tensor, diagonal: Tensor) -> Tensor:
+        """The lowest saliencies (group, out) of a group, as many as the pattern or the sparsity prunes."""
         saliency = (current / diagonal.unsqueeze(1)).square_()  # (group, out)
         span = slice(start, start + current.shape[0])
         saliency.masked_fill_(self.dead[span].unsqueeze(1), 0.0)
         saliency.masked_fill_(self.pruned[span], -1.0)
         if self.settings.pattern is not None:
-            chosen = lowest_in_groups(saliency.T, self.settings.pattern).T
-        else:  # floor(s · all) over the whole layer: the fractions that blocks leave are carried on
-            sparsity, rows = self.settings.sparsity or 0.0, current.shape[1]
-            count = pruned_count(sparsity, span.stop * rows) - pruned_count(sparsity, span.start * rows)
-            chosen = lowest_of_all(saliency, count)
-        self.pruned[span] |= chosen
+            return lowest_in_groups(saliency.T, self.settings.pattern).T
+        # floor(s · all) over the whole layer: the fractions that blocks leave are carried on
+        sparsity, rows = self.settings.sparsity or 0.0, current.shape[1]
+        count = pruned_count(sparsity, span.stop * rows) - pruned_count(sparsity, span.start * rows)
+        return lowest_of_all(saliency, count)
 
     def project(self, column: int, current: Tensor) -> Tensor:
         return torch.where(self.pruned[column], self._zero, current)

@@ -151,7 +151,7 @@ def test_a_tensor_in_only_one_of_both(emitted: Emitted, kind: str) -> None:
         tensors[name], listed["weight_map"][name] = torch.ones(2), path.name
     save_file(tensors, path, metadata={"format": "pt"})
     index.write_text(json.dumps(listed))
-    with pytest.raises(RunError, match=f"{name} is in only one of source and output"):
+    with pytest.raises(RunError, match=f"{name} is in only one of lock and output"):
         verify(emitted.tensors, emitted.directory)
 
 
@@ -170,7 +170,7 @@ def test_a_weight_that_memory_holds_but_the_mask_prunes(emitted: Emitted) -> Non
     """File and memory agree, and both break the mask: the mask has the last word."""
     name = PRUNED[emitted.family]
     emitted.change(name, revive)
-    linear = emitted.tensors.linears[name]
+    linear, _ = emitted.tensors.linears[name]
     found = load_file(emitted.shard_of(name))[name]
     original = pruned_states(emitted.lock)
 

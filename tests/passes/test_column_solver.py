@@ -64,7 +64,7 @@ def rules(pruned: Tensor, group: int) -> list[Masked]:
 def test_it_is_optimal_brain_surgery_column_by_column(group, block_size):
     weight, H, pruned = problem(5, 26, seed=group)
     for ours, slow in zip(rules(pruned, group), rules(pruned, group), strict=True):
-        Q, _ = solve_columns(weight, papers_factor(H), ours, block_size=block_size)
+        Q, _ = solve_columns(weight, papers_factor(H), (ours,), block_size=block_size)
         torch.testing.assert_close(Q, surgery(weight, H, slow), rtol=1e-9, atol=1e-9)
         for (start, current, _), (other, expected, _) in zip(ours.shown, slow.shown, strict=True):
             assert start == other
@@ -78,7 +78,7 @@ def test_a_group_begins_at_every_multiple_with_its_part_of_the_diagonal(columns,
     U = papers_factor(H)
     for block_size in (1, 6, 16, 64):
         rule = Masked(pruned, group)
-        solve_columns(weight, U, rule, block_size=block_size)
+        solve_columns(weight, U, (rule,), block_size=block_size)
         assert [start for start, _, _ in rule.shown] == list(range(0, columns, group))
         for start, current, diagonal in rule.shown:
             assert torch.equal(diagonal, U.diagonal()[start : start + group])
@@ -90,12 +90,12 @@ def test_the_difference_is_the_errors_times_the_factor_and_the_loss_their_square
     weight, H, pruned = problem(7, 31, seed=seed)
     U = papers_factor(H)
     for rule in rules(pruned, 4):
-        Q, loss = solve_columns(weight, U, rule, block_size=8)
+        Q, loss = solve_columns(weight, U, (rule,), block_size=8)
         E = (weight - Q) @ torch.linalg.inv(U)
         assert loss == pytest.approx(float(E.square().sum()), rel=1e-11)
         assert loss == pytest.approx(float(row_errors(weight - Q, H).sum()), rel=1e-11)
     # The errors of the masked rule are those of surgery: zero exactly where a weight was left as it was.
-    Q, _ = solve_columns(weight, U, Masked(pruned), block_size=8)
+    Q, _ = solve_columns(weight, U, (Masked(pruned),), block_size=8)
     E = (weight - Q) @ torch.linalg.inv(U)
     assert E[~pruned].abs().max() < 1e-10
     assert (Q[pruned] == 0).all()
@@ -107,16 +107,16 @@ def test_the_block_size_changes_nothing_but_rounding(dtype, group):
     weight, H, pruned = problem(6, 48, seed=3)
     weight, U = weight.to(dtype), papers_factor(H).to(dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
-    first, loss = solve_columns(weight, U, Masked(pruned, group), block_size=48)
+    first, loss = solve_columns(weight, U, (Masked(pruned, group),), block_size=48)
     for block_size in (1, 2, 5, 7, 12, 16, 47, 100):
-        Q, other = solve_columns(weight, U, Masked(pruned, group), block_size=block_size)
+        Q, other = solve_columns(weight, U, (Masked(pruned, group),), block_size=block_size)
         assert (Q - first).norm() <= tolerance * first.norm()
         assert other == pytest.approx(loss, rel=tolerance)
 
 
 def test_a_rule_that_changes_nothing_costs_nothing():
     weight, H, pruned = problem(4, 20, seed=4)
-    Q, loss = solve_columns(weight, papers_factor(H), Masked(torch.zeros_like(pruned)), block_size=8)
+    Q, loss = solve_columns(weight, papers_factor(H), (Masked(torch.zeros_like(pruned)),), block_size=8)
     assert loss == 0.0
     assert torch.equal(Q, weight)
 
@@ -124,7 +124,7 @@ def test_a_rule_that_changes_nothing_costs_nothing():
 def test_without_correlation_nothing_is_updated():
     weight, _, pruned = problem(4, 20, seed=5)
     scales = draw(20, seed=6, dtype=torch.float64).exp()
-    Q, loss = solve_columns(weight, torch.diag(1 / scales), Masked(pruned), block_size=8)
+    Q, loss = solve_columns(weight, torch.diag(1 / scales), (Masked(pruned),), block_size=8)
     assert torch.equal(Q, torch.where(pruned, 0.0, weight))
     assert loss == pytest.approx(float((weight[pruned] * scales.expand(4, 20)[pruned]).square().sum()), rel=1e-12)
 
@@ -132,9 +132,9 @@ def test_without_correlation_nothing_is_updated():
 def test_rows_do_not_see_each_other():
     weight, H, pruned = problem(6, 20, seed=7)
     U = papers_factor(H)
-    together, _ = solve_columns(weight, U, Masked(pruned), block_size=8)
+    together, _ = solve_columns(weight, U, (Masked(pruned),), block_size=8)
     for row in range(6):
-        alone, _ = solve_columns(weight[row : row + 1], U, Masked(pruned[row : row + 1]), block_size=8)
+        alone, _ = solve_columns(weight[row : row + 1], U, (Masked(pruned[row : row + 1]),), block_size=8)
         torch.testing.assert_close(alone[0], together[row], rtol=1e-12, atol=1e-12)
 
 
@@ -142,9 +142,9 @@ def test_what_goes_in_is_not_changed():
     weight, H, pruned = problem(4, 20, seed=8)
     U = papers_factor(H)
     before = weight.clone(), U.clone()
-    solve_columns(weight, U, Masked(pruned), block_size=8)
+    solve_columns(weight, U, (Masked(pruned),), block_size=8)
     assert torch.equal(weight, before[0])
     assert torch.equal(U, before[1])
     column_major = weight.T.contiguous().T  # .T inside the solver makes no copy of this one
-    solve_columns(column_major, U, Masked(pruned), block_size=8)
+    solve_columns(column_major, U, (Masked(pruned),), block_size=8)
     assert torch.equal(column_major, before[0])

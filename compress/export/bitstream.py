@@ -1,0 +1,43 @@
+"""Codes of 2, 3, 4 or 8 bits as a stream of bits in int32 words, the way both quantized formats store them.
+
+Code i of a row occupies the bits ``i · bits …`` of the row's stream, lowest bit first; a word holds 32 bits of it, also
+lowest first, so that codes of 3 bits cross words. A row is padded with zero bits to whole words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.state import SLICE, pack_bits, unpack_bits
+
+
+def words(count: int, bits: int) -> int:
+    """int32 words of a row of `count` codes."""
+    return -(-count * bits // 32)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(rows, n) uint8 codes below 2^bits → (rows, words(n, bits)) int32."""
+    columns = words(codes.shape[1], bits)
+    packed = torch.empty(codes.shape[0], 4 * columns, dtype=torch.uint8)
+    shifts = torch.arange(bits, dtype=torch.uint8)
+    step = max(1, SLICE // codes.shape[1])
+    for start in range(0, codes.shape[0], step):
+        some = codes[start : start + step].cpu()
+        bitwise = (some.unsqueeze(-1) >> shifts) & 1  # (rows, n, bits)
+        bytewise = pack_bits(bitwise.flatten(1).bool())
+        packed[start : start + step] = torch.nn.functional.pad(bytewise, (0, 4 * columns - bytewise.shape[1]))
+    return packed.view(torch.int32)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack`: (rows, words) int32 → (rows, count) uint8."""
+    bytewise = packed.contiguous().view(torch.uint8)
+    codes = torch.empty(packed.shape[0], count, dtype=torch.uint8)
+    weights = 2 ** torch.arange(bits, dtype=torch.uint8)
+    step = max(1, SLICE // max(1, count))
+    for start in range(0, packed.shape[0], step):
+        bitwise = unpack_bits(bytewise[start : start + step], count * bits).view(-1, count, bits)
+        codes[start : start + step] = (bitwise * weights).sum(-1, dtype=torch.uint8)
+    return codes

@@ -1,0 +1,131 @@
+"""Open a model directory that may be quantized: its codes appear as the plain weights that they stand for.
+
+So whatever reads a dense model block by block, `compress eval` first of all, reads an emitted quantized one, too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from compress.architecture import architecture_for
+from compress.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_json, read_tensor
+from compress.errors import ModelError
+from compress.export.formats import PackedFormat, known_formats
+from compress.hub import load_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from compress.architecture import Architecture
+    from compress.state import GridSpec
+
+
+def open_model(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Checkpoint]:
+    """Configuration and tensors of a dense or quantized model directory. Raises ModelError."""
+    config = load_config(directory, trust_remote_code=trust_remote_code, quantized=True)
+    quantization = read_json(directory / "config.json").get("quantization_config")
+    if not quantization:
+        return config, Checkpoint(directory)
+    del config.quantization_config  # the skeleton is a plain model
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    return config, DecodedCheckpoint(directory, quantization, architecture_for(config.model_type), dtype)
+
+
+class DecodedCheckpoint(Checkpoint):
+    """A quantized checkpoint; `read` decodes what is stored as codes."""
+
+    def __init__(
+        self, directory: Path, config: dict[str, Any], architecture: Architecture, dtype: torch.dtype | None
+    ) -> None:
+        """Read and check every header, and put a weight in the place of each linear's tensors.
+
+        Args:
+            directory: of the model.
+            config: its ``quantization_config``.
+            architecture: says which linears are stored transposed.
+            dtype: of the weights, where scales are stored in a smaller one.
+
+        Raises:
+            ModelError: the format is unknown, or tensors and configuration do not belong together.
+        """
+        super().__init__(directory)
+        formats = {name: form for name, form in known_formats().items() if isinstance(form, PackedFormat)}
+        method = config.get("quant_method")
+        if method not in formats:
+            raise ModelError(
+                f"the quantization method {method!r} is not read; those that are: {', '.join(formats)}",
+                where=str(directory / "config.json"),
+                fix="give an output of compress",
+            )
+        self.form = formats[method]
+        self._coded: dict[str, _Coded] = {}
+        marker = f".{self.form.marker}"
+        for prefix in [name.removesuffix(marker) for name in self.tensors if name.endswith(marker)]:
+            module = architecture.parameter_name(f"{prefix}.weight").removesuffix(".weight")
+            transposed = module.endswith(tuple(f".{name}" for name in architecture.transposed))
+            parts = {s: self.tensors.get(f"{prefix}.{s}") for s in self.form.suffixes}
+            infos = {suffix: info for suffix, info in parts.items() if info is not None}
+            try:
+                spec = self.form.read_spec(config, module)
+                out, width = self._shape(infos, spec)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise self._wrong(prefix, error) from None
+            scale = infos[self.form.scales].torch_dtype
+            for info in infos.values():
+                del self.tensors[info.name]
+            name, value = f"{prefix}.weight", torch.promote_types(scale, dtype) if dtype else scale
+            shape = (width, out) if transposed else (out, width)
+            self.tensors[name] = replace(infos[self.form.marker], name=name, dtype=DTYPE_NAMES[value], shape=shape)
+            self._coded[name] = _Coded(infos, spec, transposed)
+
+    def _shape(self, infos: dict[str, TensorInfo], spec: GridSpec) -> tuple[int, int]:
+        """(out, in) of a linear, whose tensors must have the shapes that follow from it. Raises ValueError."""
+        where = infos[self.form.shapes]
+        shape = read_tensor(self.directory / where.file, where) if math.prod(where.shape) == 2 else None
+        out, width = self.form.read_shape({suffix: info.shape for suffix, info in infos.items()}, shape)
+        if spec.bits not in (2, 3, 4, 8) or spec.group_size < -1 or spec.group_size == 0 or width % spec.width(width):
+            raise ValueError(
+                f"there is no grid of {spec.bits} bits with groups of {spec.group_size} for {width} inputs"
+            )
+        for suffix, (dtype, wanted) in self.form.parts(out, width, spec).items():
+            found = infos[suffix]
+            if found.shape != wanted or (dtype is not None and found.dtype != dtype):
+                raise ValueError(
+                    f"{suffix} is {found.dtype} {list(found.shape)}, not {dtype or 'scales'} {list(wanted)}"
+                )
+        return out, width
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; a weight that is stored as codes is decoded."""
+        coded = self._coded.get(name)
+        if coded is None:
+            return super().read(name)
+        parts = {suffix: read_tensor(self.directory / info.file, info) for suffix, info in coded.infos.items()}
+        try:
+            grid = self.form.decode(parts, coded.spec)
+        except ValueError as error:
+            raise self._wrong(name.removesuffix(".weight"), error) from None
+        dtype = self.tensors[name].torch_dtype
+        weight = grid.dequantize(dtype).to(dtype)
+        return weight.T.contiguous() if coded.transposed else weight
+
+    def _wrong(self, prefix: str, error: Exception) -> ModelError:
+        return ModelError(
+            f"{prefix}: tensors and quantization_config do not belong together: {error}",
+            where=str(self.directory),
+            fix="copy the directory again; formats are read as compress writes them",
+        )
+
+
+class _Coded(NamedTuple):
+    """How a linear is stored: its tensors by suffix, its grid, and whether the plain weight would be (in, out)."""
+
+    infos: dict[str, TensorInfo]
+    spec: GridSpec
+    transposed: bool

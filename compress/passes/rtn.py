@@ -1,0 +1,25 @@
+"""Round to nearest: each weight becomes the nearest value of its group's grid, without calibration data.
+
+The baseline of the other quantizers, and the whole method for 8 bits. The grid's range is min/max, or the one of least
+squared error; `grid_search` has the formulas.
+"""
+
+from __future__ import annotations
+
+from compress.passes.base import LinearState, Moments, Note, QuantizingPass
+from compress.passes.grid_search import fit_groups, grid_of
+
+
+class RTN(QuantizingPass):
+    """Quantize by rounding to nearest. Pruned weights keep their exact 0."""
+
+    def apply(self, linear: LinearState, moments: Moments) -> Note:
+        """Choose scales, then round."""
+        spec = self.grid()
+        assert spec is not None
+        weight = linear.effective()
+        scale, zero = fit_groups(weight, spec, linear.dtype, clip=self.clip)
+        width = spec.width(linear.in_features)
+        codes = spec.code(weight, scale.repeat_interleave(width, 1), zero.repeat_interleave(width, 1))
+        linear.quantize(grid_of(codes, scale, zero, spec, linear.dtype))
+        return {}

@@ -1,0 +1,111 @@
+"""What may follow what, and what a format may hold: the questions that the lock asks of passes and linears together.
+
+The rules of composition are data (`RULES`): a pass names the rule that places it, and declares what it establishes,
+requires and preserves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.checkpoint import DTYPES
+from compress.errors import PlanError
+from compress.export.formats import Format, known_formats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from compress.lock import Linear
+    from compress.passes.base import Invariant, Pass
+    from compress.plan import Plan
+    from compress.plan_text import Location
+    from compress.state import GridSpec
+
+# The rules of composition (DESIGN section 6). A pass names the rule that places it; what it may not break is what
+# earlier passes established and it does not preserve.
+RULES: dict[int, tuple[str, str]] = {
+    1: ("rewrites that preserve the function work on dense, unquantized weights", "move the rewrite to the front"),
+    2: ("structured pruning comes before any mask or grid", "move it before the pass that makes the mask or grid"),
+    3: ("a mask is chosen before weights are put on a grid", "prune first, then quantize"),
+    4: ("recovery keeps the mask; a LoRA is never merged after a mask or a grid exists", "use a variant that keeps it"),
+    5: ("quantization respects the mask, and comes after weights stop moving", "move the quantizer after that pass"),
+    6: ("scales are trained with codes and mask fixed, so there must be a grid", "put a quantizer before it"),
+    7: ("compensation comes last, on frozen weights", "move it to the end"),
+    8: ("packing reads mask and codes", "export after all passes"),
+}
+
+
+def check_order(plan: Plan, linears: Iterable[Linear]) -> None:
+    """Refuse passes that break what an earlier one established, or lack what they require, on any one linear."""
+    checked: set[tuple[int, ...]] = set()
+    for linear in linears:
+        key = tuple(index for index, _ in linear.passes)
+        if key in checked and not any(one.where for one in plan.passes):
+            continue
+        checked.add(key)
+        established: dict[Invariant, int] = {}
+        for index, one in linear.passes:
+            missing = one.requires - set(established)
+            broken = set(established) - one.preserves
+            if missing or broken:
+                raise _out_of_order(plan, linear, index, one, established, missing, broken)
+            established |= dict.fromkeys(one.provides(), index)
+
+
+def _out_of_order(
+    plan: Plan,
+    linear: Linear,
+    index: int,
+    one: Pass,
+    established: dict[Invariant, int],
+    missing: set[Invariant] | frozenset[Invariant],
+    broken: set[Invariant],
+) -> PlanError:
+    rule, fix = RULES[one.rule]
+    if missing:
+        needs = " and ".join(sorted(missing))
+        problem = f"{one.use()} needs a {needs}, which no earlier pass makes for {linear.name}"
+    else:
+        what = sorted(broken)[0]
+        earlier = established[what]
+        problem = f"{one.use()} would break the {what} that pass[{earlier}] {plan.passes[earlier].use()} makes"
+        problem += f" for {linear.name}"
+    if not type(one).__module__.startswith("compress."):
+        fix += "; a pass of your own must list what it preserves"
+    return PlanError(f"{problem}; rule {one.rule}: {rule}", where=plan.source.where(("pass", index)), fix=fix)
+
+
+def check_format(plan: Plan, linears: Iterable[Linear], form: Format) -> None:
+    """Refuse a grid that the plan's format cannot hold, and name the formats that can."""
+    grids: set[GridSpec] = set()
+    for linear in linears:
+        if linear.grid is None:
+            continue
+        grids.add(linear.grid)
+        location = ("pass", max(index for index, one in linear.passes if one.grid() is not None))
+        stored = linear.grid.scale_dtype or DTYPES[linear.dtype]
+        if torch.promote_types(stored, DTYPES[linear.dtype]) != DTYPES[linear.dtype]:
+            name = str(stored).removeprefix("torch.")
+            raise PlanError(
+                f"{linear.name}: readers cast {name} scales to the model's {linear.dtype}, which does not hold them",
+                where=plan.source.where((*location, "scale_dtype")),
+                fix='leave scale_dtype out: "auto" is the dtype of the checkpoint',
+            )
+        reason = form.refusal(linear, linear.grid)
+        if reason:
+            fitting = [name for name, other in known_formats().items() if not other.refusal(linear, linear.grid)]
+            raise _unfit(plan, form, f"{linear.name}: {reason}", location, fitting)
+    reason = form.conflict(grids)
+    if reason:
+        fitting = [name for name, other in known_formats().items() if not other.conflict(grids)]
+        raise _unfit(plan, form, reason, ("export", 0, "format"), fitting)
+
+
+def _unfit(plan: Plan, form: Format, reason: str, location: Location, fitting: list[str]) -> PlanError:
+    return PlanError(
+        f"the format {form.name} cannot hold it: {reason}",
+        where=plan.source.where(location),
+        fix=f"other bits or group_size, or an [[export]] format that holds it: {', '.join(fitting)}",
+    )
