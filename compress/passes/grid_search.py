@@ -92,7 +92,7 @@ def _range(low: Tensor, high: Tensor, spec: GridSpec, dtype: torch.dtype) -> tup
     stored = spec.scale_dtype or dtype
     scale = (width / spec.largest).to(stored).float()
     # A group without any weight takes the scale 1; one whose scale the dtype cannot hold takes the smallest it can.
-    scale = torch.where(scale > 0, scale, torch.finfo(stored).smallest_normal)
+    scale = torch.where(scale > 0, scale, torch.finfo(stored).smallest_normal * torch.finfo(stored).eps)
     scale = torch.where(width > 0, scale, 1.0)
     if spec.symmetric:
         return scale, torch.full_like(scale, spec.middle)
