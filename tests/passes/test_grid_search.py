@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -209,7 +209,7 @@ def test_the_clipped_range_is_the_best_of_all_candidates(spec: GridSpec, kind: s
 
 def test_the_candidates_begin_with_min_max_and_shrink_to_the_best_ranges_of_normal_weights() -> None:
     assert SHRINK[0] == 1.0
-    assert all(0 < later < earlier for earlier, later in zip(SHRINK, SHRINK[1:], strict=False))
+    assert all(0 < later < earlier for earlier, later in pairwise(SHRINK))
     weight = draw(16, 4096, seed=9)
     for bits in (2, 3, 4):
         scale, _ = fit(weight, GridSpec(bits), torch.float32, clip="mse")

@@ -92,7 +92,7 @@ def test_each_group_has_the_range_of_its_own_weights(settings: dict[str, Any]) -
 def test_weights_on_a_grid_that_they_fill_stay_as_they_are(
     bits: int, group: int, clip: str, dtype: torch.dtype
 ) -> None:
-    """Asymmetric: a range of all codes gives the same scale again. (A symmetric range ends half a step off its codes.)"""
+    """Asymmetric: a range of all codes gives the same scale again; a symmetric one ends half a step off its codes."""
     largest, width = 2**bits - 1, COLUMNS if group == -1 else group
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, largest + 1, (ROWS, COLUMNS // width, width), generator=generator)
