@@ -11,7 +11,7 @@ import re
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -65,6 +65,10 @@ class Width(Settings):
         Returns int64 ``(units, out_features // units)``; together the entries are each row once. A linear of several
         segments (a fused qkv or gate_up) gives each unit its rows of the first segment, then of the second, ...
         """
+        return torch.cat(self.unit_segments(linear, units, out_features, config), dim=1)
+
+    def unit_segments(self, linear: str, units: int, out_features: int, config: object) -> list[torch.Tensor]:
+        """`unit_rows` for each segment alone: int64 ``(units, rows per unit)``."""
         sizes = [size if isinstance(size, int) else _number(config, size) for size in self.rows[linear]]
         whole = self._divide(out_features, sum(sizes), linear)
         rows, start = [], 0
@@ -72,7 +76,7 @@ class Width(Settings):
             segment = size * whole
             rows.append(start + torch.arange(segment).view(units, self._divide(segment, units, linear)))
             start += segment
-        return torch.cat(rows, dim=1)  # (units, rows per unit)
+        return rows
 
     def unit_columns(self, units: int, in_features: int) -> torch.Tensor:
         """The input columns, of each linear in ``columns``, that belong to each unit.
@@ -89,6 +93,27 @@ class Width(Settings):
                 fix="the weights do not match config.json; check that both are of the same model",
             )
         return features // parts
+
+
+class Scaling(Settings):
+    """Linears whose input can be scaled by channel, because what precedes them can take the inverse.
+
+    ``by`` is a norm (``norm = true``: its weight, and its bias, multiply each channel) or a linear whose rows are the
+    channels; the segment of its output in `width` that holds them, where it has several. Query heads that share a KV
+    head read the same rows of the value projection: their columns share a scale.
+    """
+
+    inputs: tuple[str, ...]
+    by: str
+    norm: bool = False
+    offset: float = 0.0  # the norm multiplies by weight + offset
+    width: Literal["heads", "channels"] | None = None
+    segment: int = 0
+    only_if: dict[str, Any] = Field(default_factory=dict)  # attributes of the configuration that must have these values
+
+    def applies(self, config: object) -> bool:
+        """Whether a model of this configuration computes it so."""
+        return all(getattr(config, name, None) == value for name, value in self.only_if.items())
 
 
 class Hidden(Settings):
@@ -115,6 +140,7 @@ class Architecture(Settings):
     transposed: tuple[str, ...] = ()  # linears stored as (in, out)
     tied: tuple[str, str] | None = None  # (head, input embedding): one tensor if config.tie_word_embeddings
     widths: tuple[Width, ...]
+    scales: tuple[Scaling, ...] = ()
     hidden: Hidden
 
     @property
@@ -126,6 +152,7 @@ class Architecture(Settings):
     def _closed(self) -> Self:
         named = [*self.transposed, *self.hidden.reads, *self.hidden.writes]
         named += [linear for width in self.widths for linear in (*width.rows, *width.columns)]
+        named += [linear for one in self.scales for linear in (*one.inputs, *(() if one.norm else (one.by,)))]
         if unknown := sorted(set(named) - set(self.linears)):
             raise ValueError(f"not in any subset: {', '.join(unknown)}")
         if len(set(self.linears)) < len(self.linears):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from compress.errors import CompressError, ModelError, PlanError, nearest
 from compress.export.formats import Format, known_formats
 from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
-from compress.passes.base import Invariant, LinearPass, Pass, SettingError, Statistics, matches
+from compress.passes.base import BlockPass, Invariant, LinearPass, Pass, SettingError, Statistics, matches
 from compress.rules import check_format, check_order
 from compress.stream import Skeleton
 
@@ -109,13 +109,28 @@ class Lock:
         """The linears of a block, in the order in which it runs them."""
         return [linear for linear in self.linears if linear.block == block]
 
-    def passes(self, linear: Linear, sweep: int) -> list[tuple[int, LinearPass]]:
+    def passes(self, linear: Linear, sweep: int) -> list[tuple[int, Pass]]:
         """What one sweep does to a linear."""
-        return [(i, p) for i, p in linear.passes if i in self.sweeps[sweep] and isinstance(p, LinearPass)]
+        return [(i, p) for i, p in linear.passes if i in self.sweeps[sweep]]
+
+    def linear_passes(self, linear: Linear, sweep: int) -> list[tuple[int, LinearPass]]:
+        """Of this, what looks at the linear alone."""
+        return [(i, p) for i, p in self.passes(linear, sweep) if isinstance(p, LinearPass)]
+
+    def block_passes(self, sweep: int) -> list[tuple[int, BlockPass]]:
+        """The passes over whole blocks with which a sweep begins."""
+        passes = self.plan.passes
+        return [(i, one) for i in self.sweeps[sweep] if isinstance(one := passes[i], BlockPass)]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's family."""
+        return self.skeleton.architecture
 
     def statistics(self, linear: Linear, sweep: int) -> Statistics:
         """The statistics that a sweep needs of a linear's input."""
-        return max((p.needed() for _, p in self.passes(linear, sweep)), default=Statistics.NONE)
+        local = [p for _, p in self.passes(linear, sweep) if isinstance(p, (LinearPass, BlockPass))]
+        return max((p.needed() for p in local), default=Statistics.NONE)
 
     @property
     def output_bytes(self) -> int:
@@ -172,7 +187,7 @@ def compile_plan(plan: Plan) -> Lock:
     skeleton = _skeleton(plan, checkpoint, config, architecture)
     bare = list(_block_linears(skeleton))
     check_patterns(plan, [linear.name for linear in bare], architecture.head)
-    linears = tuple(_with_passes(linear, plan) for linear in bare)
+    linears = _with_block_passes(plan, skeleton, [_with_passes(linear, plan) for linear in bare])
     check_order(plan, linears)
     sweeps = _sweeps(plan)
     form = known_formats()[plan.exports[0].format]
@@ -235,7 +250,29 @@ def _with_passes(linear: Linear, plan: Plan) -> Linear:
             where = plan.source.where(_to_blame(one, index, linear))
             raise PlanError(f"{linear.name}: {error}", where=where, fix=error.fix) from None
         chosen.append((index, bare))
-    return Linear(**{**vars(linear), "passes": tuple(chosen)})
+    return replace(linear, passes=tuple(chosen))
+
+
+def _with_block_passes(plan: Plan, skeleton: Skeleton, linears: list[Linear]) -> tuple[Linear, ...]:
+    """A block pass works on the linears that it takes, which may be others than those that its patterns name."""
+    for index, one in enumerate(plan.passes):
+        if not isinstance(one, BlockPass):
+            continue
+        for block in range(len(skeleton.blocks)):
+            prefix = skeleton.prefix(block)
+            inside = {lin.name.removeprefix(prefix): n for n, lin in enumerate(linears) if lin.block == block}
+            targets = [name for name, n in inside.items() if index in dict(linears[n].passes)]
+            later = {name for name, n in inside.items() if any(i > index and p.grid() for i, p in linears[n].passes)}
+            try:
+                taken = one.takes(skeleton.architecture, skeleton.config, targets, later) if targets else []
+            except SettingError as error:
+                where = plan.source.where(("pass", index, *error.location))
+                raise PlanError(str(error), where=where, fix=error.fix) from None
+            for name, n in inside.items():
+                others = {i: p for i, p in linears[n].passes if i != index}
+                mine = {index: one.for_linear(linears[n].name)} if name in taken else {}
+                linears[n] = replace(linears[n], passes=tuple(sorted((others | mine).items())))
+    return tuple(linears)
 
 
 def _to_blame(one: Pass, index: int, linear: Linear) -> tuple[str | int, ...]:
@@ -281,14 +318,16 @@ def _must_match(pattern: str, names: list[str], source: Source, location: tuple[
 
 
 def _sweeps(plan: Plan) -> tuple[tuple[int, ...], ...]:
-    """Consecutive local passes share a sweep; one that surveys the whole model first begins a new one."""
+    """Consecutive local passes share a sweep; one that surveys the whole model or works on blocks begins a new one."""
     sweeps: list[list[int]] = [[]]
     for index, one in enumerate(plan.passes):
-        if not isinstance(one, LinearPass):
+        if not isinstance(one, (LinearPass, BlockPass)):
             where = plan.source.where(("pass", index))
-            raise PlanError(f"{one.use()} is not a local pass", where=where, fix="derive it from LinearPass")
-        surveys = one.surveys() or any(one.with_settings(table.overrides()).surveys() for table in one.where)
-        if surveys and sweeps[-1]:
+            fix = "derive it from LinearPass or BlockPass"
+            raise PlanError(f"{one.use()} is not a local pass", where=where, fix=fix)
+        every = [one, *(one.with_settings(table.overrides()) for table in one.where)]
+        begins = isinstance(one, BlockPass) or any(each.surveys() for each in every if isinstance(each, LinearPass))
+        if begins and sweeps[-1]:
             sweeps.append([])
         sweeps[-1].append(index)
     return tuple(tuple(sweep) for sweep in sweeps)
@@ -312,7 +351,9 @@ def _check_calibration(lock: Lock) -> None:
     plan = lock.plan
     context = getattr(lock.config, "max_position_embeddings", None)
     if lock.calibrated and plan.calibration is None:
-        index = next(i for lin in lock.linears for i, p in lin.passes if isinstance(p, LinearPass) and p.needed())
+        index = next(
+            i for lin in lock.linears for i, p in lin.passes if isinstance(p, (LinearPass, BlockPass)) and p.needed()
+        )
         raise PlanError(
             f"{plan.passes[index].use()} needs calibration data",
             where=plan.source.where(("pass", index)),

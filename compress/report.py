@@ -89,6 +89,7 @@ class LedgerLine(Settings):
     out_features: int
     in_features: int
     sparsity: float
+    bits: int | None = None  # of its codes, where it has any
     error_before: Measured = None
     error_after: Measured = None
     error_kind: ErrorKind
@@ -96,6 +97,7 @@ class LedgerLine(Settings):
     damping: float | None = None
     dead_columns: int = 0
     fallback: str | None = None
+    detail: str | None = None  # what else the pass says of its choice
     seconds: float
 
 

@@ -185,10 +185,12 @@ class LinearState:
     Attributes:
         name: full module name, e.g. ``model.layers.0.mlp.down_proj``.
         weight: (out_features, in_features) float32, the current real value.
-        dense: (out_features, in_features) float32, the weight as the model came; never changed.
+        dense: (out_features, in_features) float32, the weight as the model came; what errors are measured against.
         dtype: the dtype of the checkpoint; `settle` rounds to it.
         mask: (out_features, in_features) bool, True = kept; None while nothing is pruned.
         grid: codes and scales; None while the weight is free. With a grid, `weight` is the grid's value.
+        rows: (out_features,) float32, what a rewrite that preserves the function has multiplied the rows with.
+        columns: (in_features,) float32, likewise the columns. `dense` is in these scaled coordinates, too.
     """
 
     name: str
@@ -197,6 +199,8 @@ class LinearState:
     dtype: torch.dtype
     mask: Tensor | None = None
     grid: Grid | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -226,6 +230,15 @@ class LinearState:
         self.grid = grid if self.mask is None else grid.zeroed(~self.mask)
         self.weight = self.grid.dequantize(self.dtype)
 
+    def scale(self, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Multiply rows (out_features,) or columns (in_features,), of `dense` too: the function is meant to stay."""
+        if rows is not None:
+            self.rows = rows if self.rows is None else self.rows * rows
+            self.weight, self.dense = self.weight * rows.unsqueeze(1), self.dense * rows.unsqueeze(1)
+        if columns is not None:
+            self.columns = columns if self.columns is None else self.columns * columns
+            self.weight, self.dense = self.weight * columns, self.dense * columns
+
     def settle(self) -> None:
         """Round the weight to the checkpoint's dtype, so that what runs next is what will be written."""
         self.weight = self.effective().to(self.dtype).float()
@@ -243,10 +256,15 @@ class LinearState:
             kept = {f"{self.name}:weight": self.weight.to(self.dtype)}
         if self.mask is not None:
             kept[f"{self.name}:mask"] = pack_bits(self.mask)
+        if self.rows is not None:
+            kept[f"{self.name}:rows"] = self.rows
+        if self.columns is not None:
+            kept[f"{self.name}:columns"] = self.columns
         return kept
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `tensors`: take up mask, grid and weight as the journal kept them."""
+        """The inverse of `tensors`: take up what the journal kept; `dense` must be as the model came."""
+        self.scale(rows=tensors.get(f"{self.name}:rows"), columns=tensors.get(f"{self.name}:columns"))
         self.weight = kept_weight(self.name, tensors, self.dtype).float()
         self.grid = Grid.restore(self.name, tensors)
         packed = tensors.get(f"{self.name}:mask")

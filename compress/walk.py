@@ -13,7 +13,7 @@ hundreds of threads of which one runs are no simplification.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import greenlet
@@ -138,12 +138,13 @@ class Walk:
 
     def observe(self, seen: Callable[[int, int, Tensor], None]) -> None:
         """Run every batch once, as far as the last subset, and show `seen(stop, batch, input)` each subset's input."""
-        for batch in range(len(self.calls)):
-            self._seen.clear()
-            self._observer = lambda stop, inputs, batch=batch: seen(stop, batch, inputs)
-            with suppress(_Stopped):
-                self._forward(batch, last=False)
-            self._observer = None
+        with self._plain():
+            for batch in range(len(self.calls)):
+                self._seen.clear()
+                self._observer = lambda stop, inputs, batch=batch: seen(stop, batch, inputs)
+                with suppress(_Stopped):
+                    self._forward(batch, last=False)
+                self._observer = None
 
     def outputs(self) -> Iterator[tuple[int, Tensor]]:
         """Run every batch to the end; yields (batch, output (rows, length, hidden))."""
@@ -158,8 +159,14 @@ class Walk:
 
     def _forward_through(self, batch: int) -> Tensor:
         """A whole forward that stops nowhere."""
+        with self._plain():
+            return self._forward(batch, last=True)
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Forwards that do not pause."""
         pause, self.pause = self.pause, False
         try:
-            return self._forward(batch, last=True)
+            yield
         finally:
             self.pause = pause

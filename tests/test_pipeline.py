@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import compress
 from compress import estimate, pipeline
 from compress.architecture import architecture_for
+from compress.calibration import collect
 from compress.calibration.moments import Moments, Statistics
 from compress.errors import RunError
 from compress.lock import compile_plan
@@ -226,7 +227,7 @@ def test_passes_of_one_sweep_share_one_gram(tmp_path: Path, monkeypatch: pytest.
             made.append(statistics)
             super().__init__(in_features, statistics, *device)
 
-    monkeypatch.setattr(pipeline, "Moments", Counted)
+    monkeypatch.setattr(collect, "Moments", Counted)
     plan = plan_of(tmp_path, Wanda(sparsity=0.3), SparseGPT(pattern="2:4"), refresh=refresh)
     assert compile_plan(plan).sweeps == ((0, 1),)
     report = compress.run(plan)

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import outcome, pipeline
+from compress import outcome
 from compress.errors import CompressError, OutputError, RunError
 from compress.journal import Workspace
 from compress.stream import Activations
+from compress.sweep import Sweep
 from tests.conftest import ROOT, files_of, some_text, tiny_directory
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ for line in sys.stdin:
 """
 COMMITS = [
     "compress.journal:Workspace._commit",
-    "compress.pipeline:write_shard",
+    "compress.sweep:write_shard",
     "compress.export.huggingface:write_shard",
     "compress.journal:Workspace.publish",
 ]
@@ -300,15 +301,15 @@ def run(folder: Path, **options: Any) -> Any:
 
 def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: int, block: int) -> Path:
     """Run until this block begins; returns the work directory."""
-    original = pipeline.Execution._block
+    original = Sweep._block
 
     def stop(self: Any, *arguments: Any) -> Any:
-        if arguments[:2] == (sweep, block):
+        if (self.number, arguments[0]) == (sweep, block):
             raise Interrupted
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Execution, "_block", stop)
+        patch.setattr(Sweep, "_block", stop)
         with pytest.raises(Interrupted):
             run(folder)
     return folder / ".out.compress"
@@ -324,9 +325,9 @@ def test_an_exception_is_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     assert not (folder / "out").exists()
     assert len(list(work.glob("block-*"))) == 2 * sweep + block
     blocks: list[tuple[int, int]] = []
-    original = pipeline.Execution._block
+    original = Sweep._block
     monkeypatch.setattr(
-        pipeline.Execution, "_block", lambda self, *a: (blocks.append(a[:2]), original(self, *a))[1]
+        Sweep, "_block", lambda self, *a: (blocks.append((self.number, a[0])), original(self, *a))[1]
     )  # what was done is not done again
     report = run(folder)
     assert blocks == POINTS[2 * sweep + block :]

@@ -88,6 +88,15 @@ class Moments:
             raise ValueError("a Gram matrix cannot be merged with column norms")
         self._lower += other._lower
 
+    def rescaled(self, scale: Tensor) -> Moments:
+        """The moments of ``x ⊙ scale``, scale (in,)."""
+        other = Moments(self.in_features, self.statistics, self.device, self.tokens)
+        if self._lower is None:
+            other._squares = self._squares * scale.square()
+        else:
+            other._lower = (self._lower * scale).mul_(scale.unsqueeze(1))
+        return other
+
     @property
     def squares(self) -> Tensor:
         """(in,) Σ x² per column."""

@@ -10,6 +10,7 @@ import torch
 
 from compress.checkpoint import INDEX, is_inside, read_json, write_shard
 from compress.errors import ModelError
+from compress.passes.base import BlockPass
 from compress.state import kept_of, pack_bits
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class FinalTensors:
         self.linears: dict[str, tuple[Linear, Slot]] = {
             slot.name: (linear, slot) for linear in lock.linears if linear.passes for slot in lock.form.slots(linear)
         }
+        self._parameters = _block_parameters(lock) if any(isinstance(p, BlockPass) for p in lock.plan.passes) else {}
         self._masks = {f"{linear.name}.mask": linear for linear in lock.linears if linear.masked}
         self._held: tuple[int, dict[str, Tensor]] = (-1, {})
 
@@ -74,7 +76,18 @@ class FinalTensors:
             packed = self.mask(linear)  # a pass that may prune need not have
             whole = torch.ones(linear.out_features, linear.in_features, dtype=torch.bool)
             return pack_bits(whole) if packed is None else packed
+        if name in self._parameters:
+            block, parameter = self._parameters[name]
+            changed = self.state(block).get(f"{parameter}:parameter")
+            if changed is not None:
+                return changed
         return self.lock.checkpoint.read(name)
+
+
+def _block_parameters(lock: Lock) -> dict[str, tuple[int, str]]:
+    """Stored name → block and full name of each parameter of a block: a block pass may have changed it."""
+    names = ((block, name) for block in range(lock.blocks) for name in lock.skeleton.block_parameters(block))
+    return {lock.skeleton.stored[name]: (block, name) for block, name in names}
 
 
 def export(lock: Lock, lock_json: dict[str, Any], tensors: FinalTensors, directory: Path) -> None:

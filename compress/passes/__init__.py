@@ -1,6 +1,9 @@
 """The methods, one file each. `from compress.passes import Wanda, SparseGPT`."""
 
+from compress.passes.awq import AWQ
 from compress.passes.base import (
+    BlockPass,
+    BlockState,
     GridSettings,
     Invariant,
     LinearPass,
@@ -21,8 +24,11 @@ from compress.passes.sparsegpt import SparseGPT
 from compress.passes.wanda import Wanda
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "RTN",
+    "BlockPass",
+    "BlockState",
     "GridSettings",
     "Invariant",
     "LinearPass",

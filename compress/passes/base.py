@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -26,12 +27,13 @@ from pydantic import (
     model_validator,
 )
 
+from compress.architecture import Architecture
 from compress.calibration.moments import Moments, Statistics
 from compress.errors import nearest
 from compress.settings import Settings
 from compress.state import GridSpec, LinearState, Pattern
 
-__all__ = ["Invariant", "LinearPass", "LinearState", "Moments", "Note", "Pass", "Statistics", "Survey", "Where"]
+__all__ = ["BlockPass", "BlockState", "Invariant", "LinearPass", "LinearState", "Moments", "Note", "Pass", "Statistics", "Survey", "Where"]
 
 
 class Invariant(StrEnum):
@@ -199,6 +201,47 @@ class LinearPass(Pass):
         Returns:
             entries for the ledger line, often empty.
         """
+
+
+@dataclass
+class BlockState:
+    """One decoder block, as a block pass sees it; names are those within the block.
+
+    A pass changes the states of `linears`, replaces `parameters` (norms and biases, float32) by new tensors, and
+    `moments` where it changed what a linear reads.
+    """
+
+    architecture: Architecture
+    config: Any
+    linears: dict[str, LinearState]
+    moments: dict[str, Moments]
+    parameters: dict[str, torch.Tensor]
+    followers: dict[str, Pass | None]  # the pass that will quantize the linear
+
+
+class BlockPass(Pass):
+    """A pass over one block at a time; it begins a sweep, whose later passes see the block as it left it."""
+
+    statistics: ClassVar[Statistics] = Statistics.NONE
+
+    def needed(self) -> Statistics:
+        """The statistics that this configured pass needs of each linear's input."""
+        return self.statistics
+
+    def takes(self, architecture: Architecture, config: Any, targets: list[str], quantized: set[str]) -> list[str]:
+        """Which linears of a block it works on, by names in the block. Raises SettingError.
+
+        Args:
+            architecture: the model's family.
+            config: the model's configuration.
+            targets: the linears that `match` and `except` leave.
+            quantized: the linears that a later pass puts on a grid.
+        """
+        return targets
+
+    @abstractmethod
+    def apply(self, block: BlockState) -> dict[str, Note]:
+        """Change the block in place; returns entries for the ledger lines of its linears."""
 
 
 class PruningPass(LinearPass):

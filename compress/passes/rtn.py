@@ -6,12 +6,19 @@ squared error; `grid_search` has the formulas.
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from compress.passes.base import LinearState, Moments, Note, QuantizingPass
 from compress.passes.grid_search import fit_groups, grid_of
 
 
 class RTN(QuantizingPass):
     """Quantize by rounding to nearest. Pruned weights keep their exact 0."""
+
+    # Without calibration, the least error of the weights is not that of the outputs: clipping is worse (docs/lab-log.md).
+    clip: Literal["minmax", "mse"] = Field(default="minmax", description="range of the grid: all weights, or least error")
 
     def apply(self, linear: LinearState, moments: Moments) -> Note:
         """Choose scales, then round."""

@@ -1,0 +1,352 @@
+"""One walk over the decoder blocks: the passes that share it, invariants after each, the journal after every block.
+
+Read `Sweep.carry_out`, then `_block` and `_compress`.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration.collect import BlockStatistics
+from compress.calibration.moments import Moments, Statistics
+from compress.checkpoint import DTYPES, Shard, lay_out, slots_of, write_shard
+from compress.errors import CompressError, RunError
+from compress.invariants import check_invariants
+from compress.journal import file_checksum
+from compress.memory import peak_memory, trim
+from compress.passes.base import BlockPass, BlockState, Note, Pass
+from compress.report import BlockLine, LedgerLine
+from compress.state import LinearState, kept_of, kept_weight
+from compress.stream import Activations
+from compress.walk import Walk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.lock import Linear, Lock
+    from compress.pipeline import Execution
+
+Surveyed = dict[int, dict[str, dict[str, Any]]]  # settings that surveys found, by pass and linear
+
+
+class Sweep:
+    """One sweep of an execution."""
+
+    def __init__(self, run: Execution, number: int) -> None:
+        """`number`: which sweep of the lock."""
+        self.run, self.number = run, number
+        self.lock, self.work, self.mode, self.skeleton = run.lock, run.work, run.mode, run.skeleton
+        self.surveyed: Surveyed = {}
+
+    def carry_out(self) -> None:
+        """Walk over the blocks once, from where the journal ends."""
+        lock = self.lock
+        entries = self.work.entries("block", sweep=self.number)
+        first = len(entries)
+        if first == lock.blocks:
+            return
+        names = [lock.plan.passes[index].use() for index in lock.sweeps[self.number]]
+        self.run.progress.sweep(self.number, len(lock.sweeps), first, names)
+        self.surveyed = self._survey()
+        needed = any(lock.statistics(linear, self.number) for linear in lock.linears)
+        flow = self._inputs(entries) if needed else None
+        for index in range(first, lock.blocks):
+            began = time.perf_counter()
+            flow, ledger, artifact = self._block(index, flow)
+            seconds = time.perf_counter() - began
+            self._commit(index, flow, ledger, artifact, seconds)
+            self._show(index, ledger, seconds)
+            del artifact  # the journal's now
+            trim(4 * sum(linear.weights for linear in lock.in_block(index)))
+
+    def _survey(self) -> Surveyed:
+        """Settings that passes of this sweep draw from the whole model, by pass and linear; journaled."""
+        found: Surveyed = {}
+        for index in self.lock.sweeps[self.number]:
+            chosen = [lin for lin in self.lock.linears if _surveys(self.lock, lin, self.number, index)]
+            if not chosen:
+                continue
+            known = self.work.entries("survey", sweep=self.number, index=index)
+            if not known:
+                states = lambda: (self._state(linear) for linear in chosen)  # noqa: B023, E731
+                survey = dict(chosen[0].passes)[index].survey(states)  # type: ignore[attr-defined]
+                known = [{"kind": "survey", "sweep": self.number, "index": index, "settings": survey}]
+                self.work.append(known[0])
+            found[index] = known[0]["settings"]
+        return found
+
+    # ------------------------------------------------------------ activations
+
+    def _inputs(self, entries: list[dict[str, Any]]) -> Activations:
+        """The activations in front of the next block: from the journal, or the embedded tokens."""
+        assert self.run.tokens is not None
+        if entries:
+            entry = entries[-1]["activations"]
+            path = self.work.directory / entry["file"]
+            if file_checksum(path) == entry["sha256"]:
+                return Activations(path, self._shapes(), self.mode.dtype, keep=False)
+            self.work.forget_sweep(self.number)
+            entries.clear()
+            raise RunError(
+                "the journal's activations are damaged",
+                where=str(path),
+                fix="run the same command: the sweep starts over",
+            )
+        flow = self._activations(0)
+        with self.skeleton.loaded(self.skeleton.embedding):
+            for batch, ids in enumerate(torch.split(self.run.tokens.ids, self.run.rows)):
+                flow.put(batch, self.skeleton.embed(ids))
+        flow.close()
+        return flow
+
+    def _shapes(self) -> list[tuple[int, int, int]]:
+        assert self.run.tokens is not None
+        return [(rows, self.run.tokens.ids.shape[1], self.skeleton.width) for rows in self.run.rows]
+
+    def _flow_file(self, block: int) -> Path:
+        return self.work.directory / f"activations-{self.number}-{block:05d}.bin"
+
+    def _activations(self, block: int) -> Activations:
+        path = self._flow_file(block)
+        return Activations(path, self._shapes(), self.mode.dtype, keep=self.mode.keep, later=self.work.later)
+
+    def _outputs(self, index: int, walk: Walk) -> Activations:
+        after = self._activations(index + 1)
+        for batch, hidden in walk.outputs():
+            if not bool(torch.isfinite(hidden).all()):
+                raise RunError(
+                    f"the output of block {index} ({self.skeleton.prefix(index)[:-1]}) holds NaN or infinity",
+                    fix="the model overflows on this text, or a pass broke it; look at the ledger of this block",
+                )
+            after.put(batch, hidden)
+        after.close()
+        return after
+
+    # ------------------------------------------------------------------ block
+
+    def _block(
+        self, index: int, flow: Activations | None
+    ) -> tuple[Activations | None, list[LedgerLine], dict[str, Tensor]]:
+        """Compress one block; returns the activations behind it, its ledger and what the journal keeps."""
+        lock, prefix = self.lock, self.skeleton.prefix(index)
+        before = self.run.kept(self.number - 1, index)
+        linears = [linear for linear in lock.in_block(index) if lock.passes(linear, self.number)]
+        subsets = [[lin for lin in linears if lin.subset == n] for n in sorted({lin.subset for lin in linears})]
+        measured = [subset for subset in subsets if max(lock.statistics(lin, self.number) for lin in subset)]
+        artifact, ledger = dict(before), []
+        with self.skeleton.block(index, self._as_parameters(index, before)) as module:
+            stops = [tuple(lin.name.removeprefix(prefix) for lin in subset) for subset in measured]
+            with self._walk(module, index, stops, flow) as walk:
+                statistics = BlockStatistics(self, measured, walk)
+                for number, one in lock.block_passes(self.number):
+                    ledger += self._transform(index, number, one, module, statistics, artifact)
+                for subset in subsets:
+                    shared = statistics.of(subset) if subset in measured else Moments(0, Statistics.NONE)
+                    for linear in subset:
+                        if not lock.linear_passes(linear, self.number):
+                            continue
+                        state = self._state(linear, artifact)
+                        ledger += self._compress(linear, state, shared)
+                        self._keep(state, artifact)
+                        self._write_back(module, prefix, linear, state)
+                after = self._outputs(index, walk) if flow and index + 1 < lock.blocks else None
+        return after, ledger, artifact
+
+    def _walk(self, module: nn.Module, index: int, stops: list[tuple[str, ...]], flow: Activations | None) -> Walk:
+        calls = [self.skeleton.calls(*shape[:2])[index] for shape in flow.shapes] if flow else []
+        pause = self.mode.pause and self.lock.plan.run.refresh == "subset"
+        return Walk(module, stops, calls, flow, pause=pause)
+
+    def _state(self, linear: Linear, before: dict[str, Tensor] | None = None) -> LinearState:
+        """A linear as this sweep finds it, in float32; `before`: what is kept of its block so far."""
+        stored = self.lock.checkpoint.read(linear.stored)
+        dense = (stored.T if linear.transposed else stored).to(self.mode.device).float().contiguous()
+        state = LinearState(linear.name, dense, dense, stored.dtype)
+        mine = kept_of(linear.name, self.run.kept(self.number - 1, linear.block) if before is None else before)
+        if mine:
+            state.restore({name: tensor.to(self.mode.device) for name, tensor in mine.items()})
+        return state
+
+    def _transform(
+        self,
+        index: int,
+        number: int,
+        one: BlockPass,
+        module: nn.Module,
+        statistics: BlockStatistics,
+        artifact: dict[str, Tensor],
+    ) -> list[LedgerLine]:
+        """Apply a block pass; linears, norms and biases that it changed go into the artifact and the module."""
+        lock, prefix = self.lock, self.skeleton.prefix(index)
+        linears = {lin.name.removeprefix(prefix): lin for lin in lock.in_block(index) if number in dict(lin.passes)}
+        states = {name: self._state(linear, artifact) for name, linear in linears.items()}
+        weights = {f"{name}.weight" for name in linears}
+        block = BlockState(
+            architecture=lock.architecture,
+            config=lock.config,
+            linears=states,
+            moments={name: statistics.beforehand(linear) for name, linear in linears.items()},
+            parameters={
+                name: value.detach().float().clone() for name, value in module.named_parameters() if name not in weights
+            },
+            followers={name: _quantizer(linear, number) for name, linear in linears.items()},
+        )
+        untouched = dict(block.parameters)
+        began = time.perf_counter()
+        notes = one.apply(block)
+        seconds = (time.perf_counter() - began) / max(1, len(linears))
+        lines = []
+        for name, linear in linears.items():
+            state, moments = states[name], block.moments[name]
+            check_invariants(linear, number, state, state.mask)
+            error = _error(moments, state.dense - state.effective()) / max(_error(moments, state.dense), 1e-30)
+            lines.append(self._line(linear, number, one, state, moments, error, error, notes.get(name, {}), seconds))
+            self._keep(state, artifact)
+            self._write_back(module, prefix, linear, state)
+        for name, value in block.parameters.items():
+            if value is not untouched[name]:
+                stored = self.lock.checkpoint.tensors[self.skeleton.stored[prefix + name]].torch_dtype
+                settled = value.to(stored)
+                artifact[f"{prefix}{name}:parameter"] = settled
+                owner = module.get_submodule(name.rpartition(".")[0])
+                owner.register_parameter(
+                    name.rpartition(".")[2], nn.Parameter(settled.to(self.mode.dtype), requires_grad=False)
+                )
+        statistics.changed(block)
+        return lines
+
+    def _compress(self, linear: Linear, state: LinearState, moments: Moments) -> list[LedgerLine]:
+        """Apply the sweep's passes to one linear, check what they promise and note what they did."""
+        lines: list[LedgerLine] = []
+        size = max(_error(moments, state.dense), 1e-30)
+        error = 0.0 if state.weight is state.dense else _error(moments, state.dense - state.effective()) / size
+        for index, one in self.lock.linear_passes(linear, self.number):
+            began = time.perf_counter()
+            one = one.with_settings(self.surveyed.get(index, {}).get(linear.name, {}))
+            mask = state.mask
+            try:
+                note = one.apply(state, moments)
+            except CompressError as problem:
+                problem.where = problem.where or f"{one.use()} on {linear.name}"
+                raise
+            check_invariants(linear, index, state, mask)
+            before, error = error, _error(moments, state.dense - state.effective()) / size
+            seconds = time.perf_counter() - began
+            lines.append(self._line(linear, index, one, state, moments, before, error, note, seconds))
+        state.settle()
+        return lines
+
+    def _line(
+        self,
+        linear: Linear,
+        index: int,
+        one: Pass,
+        state: LinearState,
+        moments: Moments,
+        before: float,
+        after: float,
+        note: Note,
+        seconds: float,
+    ) -> LedgerLine:
+        return LedgerLine(
+            sweep=self.number,
+            block=linear.block,
+            linear=linear.name,
+            pass_index=index,
+            use=one.use(),
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            sparsity=state.sparsity,
+            bits=None if state.grid is None else state.grid.spec.bits,
+            error_before=before,
+            error_after=after,
+            error_kind=("weight", "diagonal", "gram")[moments.statistics],
+            tokens=moments.tokens,
+            damping=note.get("damping"),
+            dead_columns=note.get("dead_columns", 0),
+            fallback=note.get("fallback"),
+            detail=note.get("detail"),
+            seconds=seconds,
+        )
+
+    def _keep(self, state: LinearState, artifact: dict[str, Tensor]) -> None:
+        """Put the state of a linear in the place of what the artifact had of it."""
+        for key in kept_of(state.name, artifact):
+            del artifact[key]
+        artifact |= state.tensors()
+
+    def _write_back(self, module: nn.Module, prefix: str, linear: Linear, state: LinearState) -> None:
+        """What the rest of the block computes with from now on: the weight as it will be written."""
+        weight = (state.weight.T.contiguous() if linear.transposed else state.weight).to(self.mode.dtype)
+        owner = module.get_submodule(linear.name.removeprefix(prefix))
+        owner.weight = nn.Parameter(weight, requires_grad=False)
+
+    # ---------------------------------------------------------------- journal
+
+    def _commit(
+        self,
+        index: int,
+        flow: Activations | None,
+        ledger: list[LedgerLine],
+        artifact: dict[str, Tensor],
+        seconds: float,
+    ) -> None:
+        """Hand what the block became to the writing thread, and let the journal vouch for it."""
+        self.work.flush()  # at most one block behind
+        directory = self.work.directory
+        (shard,) = lay_out(slots_of(artifact), 1 << 62)
+        shard = Shard(f"block-{self.number}-{index:05d}.safetensors", shard.slots)
+        peak = peak_memory(self.mode.device)
+        line = BlockLine(sweep=self.number, index=index, seconds=seconds, peak_memory_bytes=peak)
+
+        def entry() -> dict[str, Any]:
+            checksum = write_shard(shard, directory, artifact, synced=False)
+            return {
+                "kind": "block",
+                "sweep": self.number,
+                "block": index,
+                "file": shard.file,
+                "sha256": checksum,
+                "ledger": [line.model_dump(mode="json") for line in ledger],
+                "line": line.model_dump(mode="json"),
+                "activations": {"file": flow.path.name, "sha256": flow.checksum} if flow else None,
+            }
+
+        files = (directory / shard.file, *([flow.path] if flow else []))
+        self.work.append_later(entry, files=files, obsolete=(self._flow_file(index),))
+
+    def _as_parameters(self, index: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the journal keeps of a block, as values for its parameters."""
+        values = {key.rpartition(":")[0]: value for key, value in kept.items() if key.endswith(":parameter")}
+        for linear in self.lock.in_block(index):
+            if kept_of(linear.name, kept):
+                weight = kept_weight(linear.name, kept, DTYPES[linear.dtype])
+                values[f"{linear.name}.weight"] = weight.T if linear.transposed else weight
+        return values
+
+    def _show(self, index: int, ledger: list[LedgerLine], seconds: float) -> None:
+        errors: dict[str, list[float]] = {}
+        for line in ledger:
+            errors.setdefault(line.use, []).append(line.error_after or 0.0)
+        zeros = fmean(line.sparsity for line in ledger) if ledger else 0.0
+        means = {use: fmean(values) for use, values in errors.items()}
+        self.run.progress.block(index, self.lock.blocks, means, zeros, seconds)
+
+
+def _quantizer(linear: Linear, after: int) -> Pass | None:
+    """The pass that will put a linear on a grid."""
+    return next((one for index, one in linear.passes if index > after and one.grid() is not None), None)
+
+
+def _surveys(lock: Lock, linear: Linear, sweep: int, index: int) -> bool:
+    return any(i == index and p.surveys() for i, p in lock.linear_passes(linear, sweep))
+
+
+def _error(moments: Moments, difference: Tensor) -> float:
+    """‖Δ X‖² by the moments at hand, ‖Δ‖² without any."""
+    return moments.error(difference) if moments.tokens else float(difference.square().sum())
