@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.passes import column_solver
 from compress.passes.column_solver import solve_columns
 from tests.passes import correlated, damped, draw, papers_factor, row_errors
 
@@ -148,3 +149,67 @@ def test_what_goes_in_is_not_changed():
     column_major = weight.T.contiguous().T  # .T inside the solver makes no copy of this one
     solve_columns(column_major, U, (Masked(pruned),), block_size=8)
     assert torch.equal(column_major, before[0])
+
+
+# ---------------------------------------------------------------- several rules
+
+
+def in_turn(weight: Tensor, H: Tensor, together: list[Masked]) -> Tensor:
+    """`surgery` with several rules: each begins its groups, and projects what the one before it gave."""
+    W, inverse = weight.clone(), torch.linalg.inv(H)
+    for column in range(W.shape[1]):
+        final = W[:, column].clone()
+        for rule in together:
+            if column % rule.group == 0:
+                rule.begin(column, W[:, column : column + rule.group].T.clone(), torch.zeros(0))
+            final = rule.project(column, final)
+        W[:, column:] -= torch.outer((W[:, column] - final) / inverse[0, 0], inverse[0])
+        W[:, column] = final
+        inverse = (inverse - torch.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]
+    return W
+
+
+@pytest.mark.parametrize("groups", [(1, 8), (4, 8), (8, 4), (3, 7), (24, 6), (16, 48), (100, 5)], ids=str)
+@pytest.mark.parametrize("block_size", [1, 4, 7, 16, 24, 48, 128])
+def test_rules_work_in_turn_each_with_groups_of_its_own(groups: tuple[int, int], block_size: int) -> None:
+    weight, H, pruned = problem(5, 48, seed=sum(groups))
+    ours = [Masked(pruned, groups[0]), Rounded(pruned, groups[1])]
+    slow = [Masked(pruned, groups[0]), Rounded(pruned, groups[1])]
+    U = papers_factor(H)
+    Q, loss = solve_columns(weight, U, ours, block_size=block_size)
+    torch.testing.assert_close(Q, in_turn(weight, H, slow), rtol=1e-9, atol=1e-9)
+    assert (Q[pruned] == 0).all()  # 0 is on the grid of the second
+    assert loss == pytest.approx(float(row_errors(weight - Q, H).sum()), rel=1e-10)
+    for one, other, group in zip(ours, slow, groups, strict=True):
+        assert [start for start, _, _ in one.shown] == list(range(0, 48, group))
+        for (_, current, diagonal), (start, expected, _) in zip(one.shown, other.shown, strict=True):
+            torch.testing.assert_close(current, expected, rtol=1e-9, atol=1e-9)  # every update had arrived
+            assert torch.equal(diagonal, U.diagonal()[start : start + group])
+
+
+def test_the_order_of_rules_counts() -> None:
+    """The last one has the last word: rounding to a grid without 0 after the mask brings weights back."""
+
+    class Odd(Masked):
+        def project(self, column: int, current: Tensor) -> Tensor:
+            return current.floor() + 0.5
+
+    weight, H, pruned = problem(5, 20, seed=9)
+    U, none = papers_factor(H), torch.zeros_like(pruned)
+    first, _ = solve_columns(weight, U, (Odd(none), Masked(pruned)), block_size=8)
+    last, _ = solve_columns(weight, U, (Masked(pruned), Odd(none)), block_size=8)
+    assert (first[pruned] == 0).all()
+    assert (last[pruned] != 0).all()
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 5, 7, 8, 16, 48, 64, 100, 128, 1000])
+def test_blocks_are_cut_so_that_no_group_begins_within_one_and_ends_in_another(wanted: int) -> None:
+    for groups in ([1], [4], [128], [4, 128], [3, 7], [1, 48], [96, 64], [16, 24, 32], [5, 640], [129], [1, 1]):
+        size = column_solver._block_size(wanted, groups)
+        assert 0 < size <= max(wanted, 1)
+        for group in groups:
+            assert size % group == 0 or group % size == 0
+        best = next(
+            (n for n in range(wanted, 0, -1) if all(n % g == 0 or g % n == 0 for g in groups)), 1
+        )  # and no smaller than it must be
+        assert size == best, (wanted, groups)
