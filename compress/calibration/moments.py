@@ -137,19 +137,17 @@ class Moments:
         mean = diagonal.mean().item()
         dead = diagonal == 0
         for step in DAMPING_LADDER:
-            damped = self.gram()
+            damped = self._backwards(order)
             damped.diagonal().add_(damping * step * mean)
-            damped.diagonal()[dead] = 1.0
-            if order is not None:
-                damped = damped[order][:, order]
-            damped = damped.flip(0, 1)
+            damped.diagonal()[(dead if order is None else dead[order]).flip(0)] = 1.0
             failed = torch.empty((), dtype=torch.int32, device=self.device)
-            L, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))
+            L, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))  # reads the lower triangle only
             if failed.item() == 0:
-                R = L.flip(0, 1)
+                R = L.T.flip(0, 1).T  # by columns, like L: LAPACK's order, in which it works in place
                 del L, damped
-                identity = torch.eye(self.in_features, device=self.device)
-                upper = torch.linalg.solve_triangular(R, identity, upper=True)
+                upper = torch.eye(self.in_features, dtype=R.dtype, device=self.device).T
+                torch.linalg.solve_triangular(R, upper, upper=True, out=upper)
+                upper = upper.contiguous()
                 if bool(torch.isfinite(upper).all()):
                     self._factors[key] = Factor(upper, damping * step, dead, order)
                     return self._factors[key]
@@ -158,6 +156,14 @@ class Moments:
             f"definite, even with damping {damping * DAMPING_LADDER[-1]:g}",
             fix="raise damping, or calibrate on more tokens",
         )
+
+    def _backwards(self, order: Tensor | None) -> Tensor:
+        """A copy of ``J H J``, of which the lower triangle counts; `order` puts H's rows and columns in another one."""
+        if order is not None:
+            return self.gram()[order][:, order].flip(0, 1)
+        if self._lower is None:
+            return self.gram().flip(0, 1)
+        return self._lower.tril_().flip(0, 1).T  # the transpose of an upper triangle
 
     def error(self, difference: Tensor) -> float:
         """``‖Δ X‖²`` of a weight difference Δ (out, in): exact with the Gram matrix, its diagonal part with norms."""
