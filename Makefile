@@ -20,7 +20,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/prune.py
+	$(BIN)/python benchmarks/compare.py
 	$(BIN)/python benchmarks/memory.py
 
 # torch comes first and pinned: a looser requirement would pull a CUDA build of several gigabytes.

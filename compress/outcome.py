@@ -15,7 +15,7 @@ import torch
 from compress import __version__
 from compress.calibration.plan_source import source_digest
 from compress.card import write_card
-from compress.checkpoint import read_json
+from compress.checkpoint import MASKS, read_json
 from compress.errors import CompressError, OutputError
 from compress.evals.perplexity import evaluate
 from compress.hub import config_digest
@@ -111,6 +111,7 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors) -> R
             parameters=parameters,
             nonzero_parameters=nonzero,
             linear_sparsity=sparsity,
+            linear_bits=_linear_bits(lock),
         ),
         environment=environment(run.mode.device),
         calibration=CalibrationInfo(
@@ -182,6 +183,13 @@ def _counts(lock: Lock, tensors: FinalTensors) -> tuple[int, int, float]:
         if packed is not None:
             pruned += linear.weights - int(unpack_bits(packed, linear.in_features).sum())
     return parameters, parameters - pruned, pruned / sum(linear.weights for linear in lock.linears)
+
+
+def _linear_bits(lock: Lock) -> float:
+    """Stored bits per weight of the linears in blocks, with all that belongs to them."""
+    slots = [slot for linear in lock.linears for slot in lock.form.slots(linear)]
+    slots += [slot for shard in lock.shards if shard.file == MASKS for slot in shard.slots]
+    return 8 * sum(slot.bytes for slot in slots) / sum(linear.weights for linear in lock.linears)
 
 
 def _summary(lock: Lock, index: int, ledger: list[LedgerLine]) -> PassSummary:

@@ -48,6 +48,7 @@ class OutputInfo(Settings):  # what was written; path is the directory's name on
     parameters: int
     nonzero_parameters: int
     linear_sparsity: float
+    linear_bits: float | None = None  # stored per weight of the block linears: codes, scales, zero-points, masks
 
 
 class Environment(Settings):  # what the run ran on
@@ -251,6 +252,8 @@ def comparison(report: Report) -> list[tuple[str, str, str, str]]:
         ("  of these not zero", "-", f"{output.nonzero_parameters:,}", "-"),
         ("zeros in linears", "-", percent(output.linear_sparsity), "-"),
     ]
+    if output.linear_bits is not None:
+        rows.append(("bits per weight in linears", "-", figure(output.linear_bits), "-"))
     for line in report.evaluation:
         dense, score, divergence = line.dense, line.compressed, line.divergence
         old, new = dense.perplexity if dense else None, score.perplexity

@@ -33,7 +33,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: (rows, words) int32 → (rows, count) uint8."""
-    bytewise = packed.contiguous().view(torch.uint8)
+    # Flat on the way: one word per row counts as contiguous in any layout, but only stride 1 can be viewed as bytes.
+    bytewise = packed.contiguous().flatten().view(torch.uint8).view(packed.shape[0], -1)
     codes = torch.empty(packed.shape[0], count, dtype=torch.uint8)
     weights = 2 ** torch.arange(bits, dtype=torch.uint8)
     step = max(1, SLICE // max(1, count))

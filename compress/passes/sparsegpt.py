@@ -15,7 +15,7 @@ what was pruned and what was rounded (section 3.5 of the paper; ours has groups 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -56,6 +56,11 @@ class SparseGPT(GridSettings, PruningPass):
         if self.bits is None and unused:
             raise SettingError(f"{min(unused)} has no meaning without bits", "add bits, or leave it out")
         return self
+
+    def settings(self) -> dict[str, Any]:
+        """Without `bits`, nothing of a grid."""
+        unused = set() if self.bits is not None else set(GridSettings.model_fields)
+        return {key: value for key, value in super().settings().items() if key not in unused}
 
     def provides(self) -> frozenset[Invariant]:
         """A grid too, when one is asked for."""

@@ -1,6 +1,6 @@
-"""Wanda and SparseGPT, ours and llm-compressor's, on the same model, tokens and threads, in one go.
+"""Pruning and quantizing, ours and llm-compressor's, on the same model, tokens and threads, in one go.
 
-    python benchmarks/prune.py [--peer PYTHON] [--assets DIR] [--threads 1] [--repeat 3]
+    python benchmarks/compare.py [--peer PYTHON] [--assets DIR] [--threads 1] [--repeat 3] [--only TEXT]
 
 `--peer` (or COMPRESS_PEER_PYTHON) is the interpreter of an environment that has llm-compressor; without it only ours
 is measured. Every measurement is a process of its own, the two tools take turns, and the best time and the least
@@ -24,39 +24,82 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-CASES = [("wanda", None), ("wanda", "2:4"), ("sparsegpt", None), ("sparsegpt", "2:4")]
+# What is done, as steps of the method and its target: N:M or a sparsity, or bits in groups of 128.
+CASES = {
+    "Wanda 50 %": ["wanda:0.5"],
+    "Wanda 2:4": ["wanda:2:4"],
+    "SparseGPT 50 %": ["sparsegpt:0.5"],
+    "SparseGPT 2:4": ["sparsegpt:2:4"],
+    "RTN 4 bits": ["rtn:4"],
+    "GPTQ 4 bits": ["gptq:4"],
+    "GPTQ 3 bits": ["gptq:3"],
+    "SparseGPT 2:4 + GPTQ 4 bits": ["sparsegpt:2:4", "gptq:4"],
+}
+# Ways to run ours that have no counterpart: refresh, and other settings of the passes.
+OURS = {
+    "compress": {},
+    "compress, refresh subset": {"refresh": "subset"},
+    "compress, activation order": {"gptq": {"order": "activation"}},
+    "compress, least squares": {"sparsegpt": {"least_squares": True}},
+    "compress, jointly": {"joint": True},
+}
+PEER = "llm-compressor"
+
+
+def applies(way: str, steps: list[str]) -> bool:
+    """Whether a way to run ours differs from the plain one for these steps."""
+    methods = [step.partition(":")[0] for step in steps]
+    if way == "compress, jointly":
+        return methods == ["sparsegpt", "gptq"]
+    if way == "compress, least squares":
+        return methods == ["sparsegpt", "gptq"]
+    return all(method not in ("sparsegpt", "gptq") or method in methods for method in OURS[way])
+
+
+def passes(steps: list[str], way: dict) -> tuple:
+    """The passes of a case."""
+    from compress.passes import GPTQ, RTN, SparseGPT, Wanda
+
+    methods = {"wanda": Wanda, "sparsegpt": SparseGPT, "rtn": RTN, "gptq": GPTQ}
+    if way.get("joint"):
+        return (SparseGPT(pattern=steps[0].partition(":")[2], bits=int(steps[1].partition(":")[2])),)
+    made = []
+    for step in steps:
+        method, _, target = step.partition(":")
+        key = "bits" if method in ("rtn", "gptq") else "pattern" if ":" in target else "sparsity"
+        value = target if key == "pattern" else int(target) if key == "bits" else float(target)
+        made.append(methods[method](**{key: value}, **way.get(method, {})))
+    return tuple(made)
 
 
 def ours(arguments: argparse.Namespace) -> None:
     """One measurement of ours; prints a JSON line."""
     import compress
-    from compress.passes import SparseGPT, Wanda
 
-    target = {"pattern": arguments.pattern} if arguments.pattern else {"sparsity": 0.5}
-    method = {"wanda": Wanda, "sparsegpt": SparseGPT}[arguments.method](**target)
+    way = OURS[arguments.one]
     plan = compress.Plan(
         model=compress.Model(path=str(arguments.model)),
         calibration=compress.Calibration(
             source=str(arguments.text), samples=128, length=256, selection="first", special_tokens=False
         ),
-        run=compress.Run(output=str(arguments.output), threads=arguments.threads, refresh=arguments.refresh),
-        passes=(method,),
+        run=compress.Run(output=str(arguments.output), threads=arguments.threads, refresh=way.get("refresh", "block")),
+        passes=passes(arguments.steps.split(","), way),
     )
     report = compress.run(plan)
     peak = max(block.peak_memory_bytes for block in report.blocks) / 2**20
-    print(json.dumps({"seconds": report.phases["sweep"], "peak_rss_mib": peak, "zeros": report.output.linear_sparsity}))
+    line = {"seconds": report.phases["sweep"], "peak_rss_mib": peak, "zeros": report.output.linear_sparsity}
+    print(json.dumps(line))
 
 
-def measure(tool: str, method: str, pattern: str | None, arguments: argparse.Namespace, output: Path) -> dict:
+def measure(tool: str, steps: list[str], arguments: argparse.Namespace, output: Path) -> dict:
     """Run one tool in a process of its own."""
     shutil.rmtree(output, ignore_errors=True)
-    common = ["--model", str(arguments.model), "--text", str(arguments.text), "--method", method]
+    common = ["--model", str(arguments.model), "--text", str(arguments.text), "--steps", ",".join(steps)]
     common += ["--threads", str(arguments.threads), "--output", str(output)]
-    if tool == "llm-compressor":
-        command = [arguments.peer, str(HERE / "llmcompressor_prune.py"), *common, "--pattern", pattern or "none"]
+    if tool == PEER:
+        command = [arguments.peer, str(HERE / "llmcompressor_run.py"), *common]
     else:
-        command = [sys.executable, __file__, "--one", *common, "--refresh", tool.split()[-1]]
-        command += ["--pattern", pattern] if pattern else []
+        command = [sys.executable, __file__, "--one", tool, *common]
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
@@ -82,13 +125,12 @@ def main() -> None:
     parser.add_argument("--peer", default=os.environ.get("COMPRESS_PEER_PYTHON"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "prune.json")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "compare.json")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--model", type=Path, default=HERE.parent / "examples" / "reference")
     parser.add_argument("--text", type=Path)
-    for hidden in ("--method", "--pattern", "--output"):
+    for hidden in ("--steps", "--output", "--one"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--refresh", default="block", help=argparse.SUPPRESS)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.text = arguments.text or arguments.assets / "text" / "prose-calibration.txt"
     if arguments.one:
@@ -96,29 +138,34 @@ def main() -> None:
         return
     if not arguments.text.exists():
         raise SystemExit(f"no calibration text at {arguments.text}; give --assets or --text")
-    tools = ["compress block", "compress subset"] + (["llm-compressor"] if arguments.peer else [])
     rows = []
     with tempfile.TemporaryDirectory(prefix="compress-bench-") as folder:
-        for method, pattern in CASES:
+        for case, steps in CASES.items():
+            if arguments.only not in case:
+                continue
+            tools = [way for way in OURS if applies(way, steps)] + ([PEER] if arguments.peer else [])
             runs: dict[str, list[dict]] = {tool: [] for tool in tools}
+            outputs = {tool: Path(folder, str(number)) for number, tool in enumerate(tools)}
             for _ in range(arguments.repeat):
                 for tool in tools:
-                    runs[tool].append(measure(tool, method, pattern, arguments, Path(folder, tool.replace(" ", "-"))))
+                    runs[tool].append(measure(tool, steps, arguments, outputs[tool]))
             for tool in tools:
                 rows.append(
                     {
-                        "case": f"{method} {pattern or '50 %'}",
+                        "case": case,
                         "tool": tool,
-                        "perplexity": perplexity(Path(folder, tool.replace(" ", "-")), arguments),
+                        "perplexity": perplexity(outputs[tool], arguments),
                         "seconds": min(run["seconds"] for run in runs[tool]),
                         "peak_rss_mib": min(run["peak_rss_mib"] for run in runs[tool]),
+                        "zeros": runs[tool][0]["zeros"],
+                        "broken_groups": runs[tool][0].get("broken_groups"),
                         "all_seconds": [round(run["seconds"], 2) for run in runs[tool]],
                         "all_peak_rss_mib": [round(run["peak_rss_mib"]) for run in runs[tool]],
                     }
                 )
     show(rows, arguments)
     if arguments.json:
-        result = {"command": "python benchmarks/prune.py", "threads": arguments.threads, "rows": rows}
+        result = {"command": "python benchmarks/compare.py", "threads": arguments.threads, "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -127,7 +174,7 @@ def show(rows: list[dict], arguments: argparse.Namespace) -> None:
     table = Table(title=f"{arguments.threads} thread(s), best of {arguments.repeat}", title_justify="left")
     for heading in ("case", "tool", "perplexity", "seconds", "speed-up", "peak MiB"):
         table.add_column(heading, justify="left" if heading in ("case", "tool") else "right")
-    peers = {row["case"]: row["seconds"] for row in rows if row["tool"] == "llm-compressor"}
+    peers = {row["case"]: row["seconds"] for row in rows if row["tool"] == PEER}
     for row in rows:
         speedup = f"{peers[row['case']] / row['seconds']:.2f}" if row["case"] in peers else "-"
         cells = (f"{row['perplexity']:.3f}", f"{row['seconds']:.2f}", speedup, f"{row['peak_rss_mib']:.0f}")

@@ -1,9 +1,8 @@
-r"""Prune a model directory with llm-compressor and print one JSON line: the other side of our benchmarks.
+r"""Prune and quantize a model directory with llm-compressor and print one JSON line: the other side of our benchmarks.
 
 It runs with the interpreter of an environment that has llm-compressor and imports nothing of this package:
 
-    PEER/bin/python benchmarks/llmcompressor_prune.py --model DIR --text FILE --method sparsegpt --pattern 2:4 \
-        --output DIR
+    PEER/bin/python benchmarks/llmcompressor_run.py --model DIR --text FILE --steps sparsegpt:2:4,gptq:4 --output DIR
 
 The conditions are those of the peers' table: calibration on the first samples × length tokens of the text, one
 tokenizer call without special tokens, sequences in order, one at a time; the linears of the decoder blocks and nothing
@@ -30,23 +29,21 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="directory of the dense model and its tokenizer")
     parser.add_argument("--text", type=Path, required=True, help="calibration text, UTF-8")
-    parser.add_argument("--method", choices=["wanda", "sparsegpt"], required=True)
-    parser.add_argument("--pattern", default="none", help="N:M, N zeros in each group of M inputs (2:4), or none")
-    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros; used without a pattern")
+    parser.add_argument(
+        "--steps",
+        required=True,
+        help="wanda or sparsegpt with N:M (N zeros in each group of M) or a fraction of zeros, rtn or gptq with bits "
+        "(symmetric, groups of 128), separated by commas, such as sparsegpt:2:4,gptq:4",
+    )
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", help="of the computation: float32, bfloat16, float16 or auto")
     parser.add_argument("--output", type=Path, required=True, help="directory for the pruned model")
     given = parser.parse_args()
-    try:
-        zeros, group = (0, 0) if given.pattern == "none" else map(int, given.pattern.split(":"))
-    except ValueError:
-        parser.error(f"--pattern {given.pattern}: expected N:M, such as 2:4, or none")
-    if given.pattern != "none" and not 0 < zeros < group:
-        parser.error(f"--pattern {given.pattern}: expected 0 < N < M")
-    # The tool takes the fraction of zeros from the pattern; N:M fixes it.
-    given.zeros_per_group, given.group = zeros, group
+    given.steps = [tuple(step.split(":", 1)) for step in given.steps.split(",")]
+    pattern = next((target for _, target in given.steps if ":" in target), "0:0")
+    given.zeros_per_group, given.group = map(int, pattern.split(":"))
     return given
 
 
@@ -62,6 +59,7 @@ with contextlib.redirect_stdout(sys.stderr):
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
     from loguru import logger
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -138,8 +136,24 @@ def count_zeros(linears: dict[str, torch.nn.Linear], zeros: int, group: int) -> 
     return zero / weights, broken / groups if group else None
 
 
+def modifier_of(method: str, target: str):
+    """Return the tool's modifier for a step."""
+    if method in ("wanda", "sparsegpt"):
+        zeros, _, group = target.partition(":")
+        # The tool takes the fraction of zeros from the pattern; N:M fixes it.
+        return {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method](
+            sparsity=int(zeros) / int(group) if group else float(target),
+            mask_structure=target if group else "0:0",
+            targets=["Linear"],
+            ignore=["re:.*lm_head"],
+        )
+    weights = {"num_bits": int(target), "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"rtn": QuantizationModifier, "gptq": GPTQModifier}[method](config_groups=groups, ignore=["re:.*lm_head"])
+
+
 def main() -> None:
-    """Prune, count, save, print."""
+    """Compress, count, save, print."""
     import_rss = resident_mib()
     torch.set_num_threads(options.threads)
     leave_unpinned()
@@ -150,26 +164,19 @@ def main() -> None:
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
 
-    modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[options.method]
-    pattern = options.pattern != "none"
-    recipe = modifier(
-        sparsity=options.zeros_per_group / options.group if pattern else options.sparsity,
-        mask_structure=options.pattern if pattern else "0:0",
-        targets=["Linear"],
-        ignore=["re:.*lm_head"],
-    )
     dataset = Dataset.from_dict({"input_ids": sequences, "attention_mask": [[1] * options.length] * options.samples})
 
     start = time.perf_counter()
-    oneshot(
-        model=model,
-        tokenizer=tokenizer,
-        dataset=dataset,
-        recipe=recipe,
-        num_calibration_samples=options.samples,
-        max_seq_length=options.length,
-        shuffle_calibration_samples=False,
-    )
+    for method, target in options.steps:
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            dataset=dataset,
+            recipe=modifier_of(method, target),
+            num_calibration_samples=options.samples,
+            max_seq_length=options.length,
+            shuffle_calibration_samples=False,
+        )
     seconds = time.perf_counter() - start
     peak_rss = peak_mib()
 
@@ -177,12 +184,16 @@ def main() -> None:
     zeros, broken = count_zeros(block_linears(model), options.zeros_per_group, options.group)
     model.save_pretrained(options.output, save_compressed=False)
     tokenizer.save_pretrained(options.output)
+    # What is saved are the values of the codes: the evaluator takes it as a plain model.
+    path = options.output / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("quantization_config", None)
+    path.write_text(json.dumps(config))
 
     line = {
         "tool": "llm-compressor",
         "version": llmcompressor.__version__,
-        "method": options.method,
-        "pattern": options.pattern,
+        "steps": [":".join(step) for step in options.steps],
         "seconds": round(seconds, 3),
         "peak_rss_mib": round(peak_rss, 1),
         "peak_rss_with_save_mib": round(peak_mib(), 1),
