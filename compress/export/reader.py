@@ -6,6 +6,7 @@ So whatever reads a dense model block by block, `compress eval` first of all, re
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from compress.architecture import Architecture
     from compress.state import GridSpec
+
+SCALES = ("F16", "BF16", "F32")  # the dtypes that scales may have
 
 
 def open_model(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Checkpoint]:
@@ -57,7 +60,7 @@ class DecodedCheckpoint(Checkpoint):
         super().__init__(directory)
         formats = {name: form for name, form in known_formats().items() if isinstance(form, PackedFormat)}
         method = config.get("quant_method")
-        if method not in formats:
+        if not isinstance(method, str) or method not in formats:
             raise ModelError(
                 f"the quantization method {method!r} is not read; those that are: {', '.join(formats)}",
                 where=str(directory / "config.json"),
@@ -65,6 +68,9 @@ class DecodedCheckpoint(Checkpoint):
             )
         self.form = formats[method]
         self._coded: dict[str, _Coded] = {}
+        if dtype is None:  # the configuration leaves it open: as what is not quantized
+            plain = (info for name, info in self.tensors.items() if name.rpartition(".")[2] not in self.form.suffixes)
+            dtype = next((info.torch_dtype for info in plain if info.torch_dtype.is_floating_point), None)
         marker = f".{self.form.marker}"
         for prefix in [name.removesuffix(marker) for name in self.tensors if name.endswith(marker)]:
             module = architecture.parameter_name(f"{prefix}.weight").removesuffix(".weight")
@@ -74,7 +80,9 @@ class DecodedCheckpoint(Checkpoint):
             try:
                 spec = self.form.read_spec(config, module)
                 out, width = self._shape(infos, spec)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                if f"{prefix}.weight" in self.tensors:
+                    raise ValueError("there is a plain weight beside the codes")
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
                 raise self._wrong(prefix, error) from None
             scale = infos[self.form.scales].torch_dtype
             for info in infos.values():
@@ -93,9 +101,13 @@ class DecodedCheckpoint(Checkpoint):
             raise ValueError(
                 f"there is no grid of {spec.bits} bits with groups of {spec.group_size} for {width} inputs"
             )
-        for suffix, (dtype, wanted) in self.form.parts(out, width, spec).items():
+        parts = self.form.parts(out, width, spec)
+        odd = sorted(infos.keys() ^ parts.keys())
+        if odd:
+            raise ValueError(f"{odd[0]} is {'surplus' if odd[0] in infos else 'missing'}")
+        for suffix, (dtype, wanted) in parts.items():
             found = infos[suffix]
-            if found.shape != wanted or (dtype is not None and found.dtype != dtype):
+            if found.shape != wanted or found.dtype not in ((dtype,) if dtype else SCALES):
                 raise ValueError(
                     f"{suffix} is {found.dtype} {list(found.shape)}, not {dtype or 'scales'} {list(wanted)}"
                 )
