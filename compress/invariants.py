@@ -14,16 +14,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.lock import Linear
+    from compress.passes.base import Pass
     from compress.state import LinearState
 
 
-def check_invariants(linear: Linear, index: int, state: LinearState, mask_before: Tensor | None) -> None:
-    """Check a linear after pass `index` of the plan. Raises RunError that names pass and layer."""
+def check_invariants(
+    linear: Linear, index: int, state: LinearState, mask_before: Tensor | None, applied: Pass | None = None
+) -> None:
+    """Check a linear after pass `index` of the plan, which was `applied` with what a survey had found.
+
+    Raises:
+        RunError: a promise is broken; names pass and layer.
+    """
+    one = applied or dict(linear.passes)[index]
 
     def broken(what: str) -> RunError:
         return RunError(
             f"{what} after pass[{index}]",
-            where=f"{dict(linear.passes)[index].use()} on {linear.name}",
+            where=f"{one.use()} on {linear.name}",
             fix="this is a mistake in the pass; nothing was written to the output",
         )
 
@@ -32,11 +40,13 @@ def check_invariants(linear: Linear, index: int, state: LinearState, mask_before
         raise broken(f"the weight has shape {tuple(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
         raise broken("the weight holds NaN or infinity")
+    if not bool(torch.isfinite(state.base()).all()):
+        raise broken("the weight beside the branch holds NaN or infinity")
     if mask_before is not None and (state.mask is None or bool((state.mask & ~mask_before).any())):
         raise broken("pruned weights came back")
     if state.mask is not None and bool((state.weight[~state.mask] != 0).any()):
         raise broken("a pruned weight is not zero")
-    _check_grid(linear, index, state, broken)
+    _check_grid(linear, index, one, state, broken)
     for earlier, one in linear.passes:
         pattern = getattr(one, "pattern", None)
         if earlier > index or pattern is None:
@@ -48,9 +58,10 @@ def check_invariants(linear: Linear, index: int, state: LinearState, mask_before
             raise broken(f"a group holds more than {pattern} allows")
 
 
-def _check_grid(linear: Linear, index: int, state: LinearState, broken: Callable[[str], RunError]) -> None:
+def _check_grid(linear: Linear, index: int, one: Pass, state: LinearState, broken: Callable[[str], RunError]) -> None:
     """With a grid, the weight is the grid's value, and the grid the one that the lock promised to the exporter."""
-    promised = next((p.grid() for i, p in reversed(linear.passes) if i <= index and p.grid() is not None), None)
+    earlier = (p.grid() for i, p in reversed(linear.passes) if i < index)
+    promised = one.grid() or next((spec for spec in earlier if spec is not None), None)
     grid = state.grid
     if grid is None:
         if promised is not None:

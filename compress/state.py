@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -90,16 +92,18 @@ def lowest_in_groups(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 class GridSpec(NamedTuple):
-    """What a plan decides of a grid: integer codes of `bits`, a scale and a zero-point per `group_size` columns.
+    """What a plan decides of a grid: codes of `bits`, a scale and a zero-point per `group_size` columns.
 
     `group_size` divides the width; −1 is one group per row. `symmetric`: the zero-point is 2^(bits−1), the middle code.
-    `scale_dtype` is that of the stored scales; None is the checkpoint's.
+    `scale_dtype` is that of the stored scales; None is the checkpoint's. `kind`: codes are integers ("int"), or places
+    in the table of NormalFloat values ("nf"), whose zero-point is the place of 0.
     """
 
     bits: int
     group_size: int = -1
     symmetric: bool = True
     scale_dtype: torch.dtype | None = None
+    kind: Literal["int", "nf"] = "int"
 
     @property
     def largest(self) -> int:
@@ -108,8 +112,8 @@ class GridSpec(NamedTuple):
 
     @property
     def middle(self) -> int:
-        """The zero-point of a symmetric grid."""
-        return 1 << (self.bits - 1)
+        """The zero-point of a symmetric grid; of NormalFloat the place of 0."""
+        return (1 << (self.bits - 1)) - (self.kind == "nf")
 
     def width(self, in_features: int) -> int:
         """Columns that share a scale."""
@@ -121,12 +125,53 @@ class GridSpec(NamedTuple):
 
     def code(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The code (0 … largest, float) nearest to each of `values`; scale and zero broadcast to them."""
+        if self.kind == "nf":
+            table = normal_float(self.bits).to(values.device)
+            return torch.bucketize(values / scale, (table[1:] + table[:-1]) / 2).to(values.dtype)
         return (values / scale).round_().add_(zero).clamp_(0, self.largest)
+
+
+@cache
+def normal_float(bits: int) -> Tensor:
+    """The 2^bits values of NormalFloat, ascending from −1 to 1, 0 among them (Dettmers et al. 2023, arXiv 2305.14314).
+
+    Quantiles of the normal distribution at equal steps of probability from 1/2 to `EDGE`, on each side of 0 apart:
+    2^(bits−1) − 1 negative ones and 2^(bits−1) positive ones, divided by the largest.
+    """
+    half = 1 << (bits - 1)
+    normal = NormalDist()
+    positive = [normal.inv_cdf(0.5 + (EDGE - 0.5) * step / half) for step in range(1, half + 1)]
+    negative = [-normal.inv_cdf(0.5 + (EDGE - 0.5) * step / (half - 1)) for step in range(half - 1, 0, -1)]
+    return torch.tensor([*(v / positive[-1] for v in negative), 0.0, *(v / positive[-1] for v in positive)])
+
+
+EDGE = 0.9677083  # QLoRA's: the mean of 1 − 1/32 and 1 − 1/30, where 4 bits would put their outermost quantiles
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A branch beside the weight, ``y = W x + up (down x)``: up (out, r) and down (r, in), float32. Never merged."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of up, rows of down."""
+        return self.down.shape[0]
+
+    def product(self) -> Tensor:
+        """The matrix up · down, (out, in)."""
+        return self.up @ self.down
+
+    def rounded(self, dtype: torch.dtype) -> LowRank:
+        """Both factors as `dtype` holds them."""
+        return LowRank(self.up.to(dtype).float(), self.down.to(dtype).float())
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A weight as integer codes: ``w = scale · (code − zero)``, so 0 is always a value (decision D4).
+    """A weight as codes: ``w = scale · (code − zero)``, or the code's NormalFloat value, so 0 is a value (decision D4).
 
     Attributes:
         spec: what the plan decided.
@@ -151,6 +196,9 @@ class Grid:
         float32 holds the product of an 11-bit significand and a code exactly.
         """
         rows, groups = self.scale.shape
+        if self.spec.kind == "nf":
+            values = normal_float(self.spec.bits).to(self.codes.device)[self.codes.long()].view(rows, groups, -1)
+            return values.mul_(self.scale.unsqueeze(-1).float()).flatten(1).to(dtype).float()
         steps = self.codes.view(rows, groups, -1).float() - self.zero.unsqueeze(-1).float()  # (out, groups, width)
         return steps.mul_(self.scale.unsqueeze(-1).float()).flatten(1).to(dtype).float()
 
@@ -160,7 +208,8 @@ class Grid:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """What the journal keeps of the grid of linear `name`."""
-        spec = torch.tensor([self.spec.bits, self.spec.group_size, self.spec.symmetric], dtype=torch.int32)
+        known = [self.spec.bits, self.spec.group_size, self.spec.symmetric, self.spec.kind == "nf"]
+        spec = torch.tensor(known, dtype=torch.int32)
         return {
             f"{name}:grid": spec,
             f"{name}:codes": self.codes,
@@ -174,8 +223,9 @@ class Grid:
         if f"{name}:grid" not in tensors:
             return None
         codes, scale, zero = (tensors[f"{name}:{kind}"] for kind in ("codes", "scale", "zero"))
-        bits, group_size, symmetric = tensors[f"{name}:grid"].tolist()
-        return cls(GridSpec(bits, group_size, bool(symmetric), scale.dtype), scale, zero, codes)
+        bits, group_size, symmetric, normal = tensors[f"{name}:grid"].tolist()
+        spec = GridSpec(bits, group_size, bool(symmetric), scale.dtype, "nf" if normal else "int")
+        return cls(spec, scale, zero, codes)
 
 
 @dataclass
@@ -191,6 +241,7 @@ class LinearState:
         grid: codes and scales; None while the weight is free. With a grid, `weight` is the grid's value.
         rows: (out_features,) float32, what a rewrite that preserves the function has multiplied the rows with.
         columns: (in_features,) float32, likewise the columns. `dense` is in these scaled coordinates, too.
+        low_rank: a branch beside the weight; None without one.
     """
 
     name: str
@@ -201,6 +252,7 @@ class LinearState:
     grid: Grid | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
+    low_rank: LowRank | None = None
 
     @property
     def out_features(self) -> int:
@@ -213,7 +265,11 @@ class LinearState:
         return self.weight.shape[1]
 
     def effective(self) -> Tensor:
-        """The weight that the layer computes with, (out_features, in_features) float32; +0.0 where pruned."""
+        """The weight that the layer computes with, (out_features, in_features) float32: `base`, and the branch."""
+        return self.base() if self.low_rank is None else self.base() + self.low_rank.product()
+
+    def base(self) -> Tensor:
+        """The weight beside the branch, (out_features, in_features) float32; +0.0 where pruned."""
         if self.mask is None:
             return self.weight
         return torch.where(self.mask, self.weight, torch.zeros((), dtype=self.weight.dtype, device=self.weight.device))
@@ -223,7 +279,7 @@ class LinearState:
         self.mask = ~pruned if self.mask is None else self.mask & ~pruned
         if self.grid is not None:
             self.grid = self.grid.zeroed(~self.mask)
-        self.weight = self.effective()
+        self.weight = self.base()
 
     def quantize(self, grid: Grid) -> None:
         """Put the weight on a grid; pruned entries get the code of 0."""
@@ -240,8 +296,10 @@ class LinearState:
             self.weight, self.dense = self.weight * columns, self.dense * columns
 
     def settle(self) -> None:
-        """Round the weight to the checkpoint's dtype, so that what runs next is what will be written."""
-        self.weight = self.effective().to(self.dtype).float()
+        """Round weight and branch to the checkpoint's dtype, so that what runs next is what will be written."""
+        self.weight = self.base().to(self.dtype).float()
+        if self.low_rank is not None:
+            self.low_rank = self.low_rank.rounded(self.dtype)
 
     @property
     def sparsity(self) -> float:
@@ -256,6 +314,9 @@ class LinearState:
             kept = {f"{self.name}:weight": self.weight.to(self.dtype)}
         if self.mask is not None:
             kept[f"{self.name}:mask"] = pack_bits(self.mask)
+        if self.low_rank is not None:
+            kept[f"{self.name}:up"] = self.low_rank.up.to(self.dtype)
+            kept[f"{self.name}:down"] = self.low_rank.down.to(self.dtype)
         if self.rows is not None:
             kept[f"{self.name}:rows"] = self.rows
         if self.columns is not None:
@@ -267,6 +328,7 @@ class LinearState:
         self.scale(rows=tensors.get(f"{self.name}:rows"), columns=tensors.get(f"{self.name}:columns"))
         self.weight = kept_weight(self.name, tensors, self.dtype).float()
         self.grid = Grid.restore(self.name, tensors)
+        self.low_rank = kept_low_rank(self.name, tensors)
         packed = tensors.get(f"{self.name}:mask")
         self.mask = None if packed is None else unpack_bits(packed, self.in_features)
 
@@ -280,6 +342,13 @@ def kept_weight(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) ->
     """The weight (out, in) of linear `name`, in `dtype`, from what the journal keeps of it."""
     grid = Grid.restore(name, tensors)
     return tensors[f"{name}:weight"] if grid is None else grid.dequantize(dtype).to(dtype)
+
+
+def kept_low_rank(name: str, tensors: Mapping[str, Tensor]) -> LowRank | None:
+    """The branch of linear `name` from what the journal keeps of it."""
+    if f"{name}:up" not in tensors:
+        return None
+    return LowRank(tensors[f"{name}:up"].float(), tensors[f"{name}:down"].float())
 
 
 def pack_bits(mask: Tensor) -> Tensor:

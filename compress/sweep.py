@@ -234,7 +234,7 @@ class Sweep:
             except CompressError as problem:
                 problem.where = problem.where or f"{one.use()} on {linear.name}"
                 raise
-            check_invariants(linear, index, state, mask)
+            check_invariants(linear, index, state, mask, one)
             before, error = error, _error(moments, state.dense - state.effective()) / size
             seconds = time.perf_counter() - began
             lines.append(self._line(linear, index, one, state, moments, before, error, note, seconds))
