@@ -170,6 +170,33 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class ScaleCodes:
+    """The scales of a grid as codes of their own, ``scale = offset + peak · code / (2^bits − 1)``, row after row.
+
+    QLoRA's double quantization (Dettmers et al. 2023, arXiv 2305.14314), with the smallest scale as the offset.
+
+    Attributes:
+        bits: of a code.
+        group: scales that share a peak; the last ones may be fewer.
+        codes: (out_features, groups) uint8.
+        peaks: (ceil(scales / group),), not negative, in the dtype in which they are stored.
+        offset: () float32, positive.
+    """
+
+    bits: int
+    group: int
+    codes: Tensor
+    peaks: Tensor
+    offset: Tensor
+
+    def scale(self) -> Tensor:
+        """The scales (out_features, groups), positive float32."""
+        steps = self.peaks.float() / ((1 << self.bits) - 1)
+        spread = steps.repeat_interleave(self.group)[: self.codes.numel()].view(self.codes.shape)
+        return self.codes.float().mul_(spread).add_(self.offset)
+
+
+@dataclass(frozen=True)
 class Grid:
     """A weight as codes: ``w = scale · (code − zero)``, or the code's NormalFloat value, so 0 is a value (decision D4).
 
@@ -178,12 +205,14 @@ class Grid:
         scale: (out_features, groups), positive, in the dtype in which it is stored.
         zero: (out_features, groups) uint8, a code.
         codes: (out_features, in_features) uint8.
+        second: what the scales are the values of, where they are codes themselves.
     """
 
     spec: GridSpec
     scale: Tensor
     zero: Tensor
     codes: Tensor
+    second: ScaleCodes | None = None
 
     def spread(self, per_group: Tensor) -> Tensor:
         """(out, groups) → (out, in): each group's value for each of its columns."""
@@ -210,12 +239,18 @@ class Grid:
         """What the journal keeps of the grid of linear `name`."""
         known = [self.spec.bits, self.spec.group_size, self.spec.symmetric, self.spec.kind == "nf"]
         spec = torch.tensor(known, dtype=torch.int32)
-        return {
+        kept = {
             f"{name}:grid": spec,
             f"{name}:codes": self.codes,
             f"{name}:scale": self.scale,
             f"{name}:zero": self.zero,
         }
+        if self.second is not None:
+            kept[f"{name}:scale_grid"] = torch.tensor([self.second.bits, self.second.group], dtype=torch.int32)
+            kept[f"{name}:scale_codes"] = self.second.codes
+            kept[f"{name}:scale_peaks"] = self.second.peaks
+            kept[f"{name}:scale_offset"] = self.second.offset
+        return kept
 
     @classmethod
     def restore(cls, name: str, tensors: Mapping[str, Tensor]) -> Grid | None:
@@ -225,7 +260,11 @@ class Grid:
         codes, scale, zero = (tensors[f"{name}:{kind}"] for kind in ("codes", "scale", "zero"))
         bits, group_size, symmetric, normal = tensors[f"{name}:grid"].tolist()
         spec = GridSpec(bits, group_size, bool(symmetric), scale.dtype, "nf" if normal else "int")
-        return cls(spec, scale, zero, codes)
+        second = None
+        if f"{name}:scale_grid" in tensors:
+            parts = (tensors[f"{name}:scale_{part}"] for part in ("codes", "peaks", "offset"))
+            second = ScaleCodes(*tensors[f"{name}:scale_grid"].tolist(), *parts)
+        return cls(spec, scale, zero, codes, second)
 
 
 @dataclass
