@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -72,6 +72,9 @@ class TensorInfo:
 class Checkpoint:
     """The tensors of a model directory, known from its headers; `read` brings one into memory."""
 
+    single: ClassVar[str] = SINGLE
+    index: ClassVar[str] = INDEX
+
     def __init__(self, directory: Path) -> None:
         """Read and check every header.
 
@@ -81,11 +84,11 @@ class Checkpoint:
         self.directory = directory
         self.tensors: dict[str, TensorInfo] = {}
         self.sizes: dict[str, int] = {}
-        index = directory / INDEX
+        index = directory / self.index
         if index.exists():
             self._read_index(index)
-        elif (directory / SINGLE).exists():
-            self._add(SINGLE)
+        elif (directory / self.single).exists():
+            self._add(self.single)
         else:
             raise _no_weights(directory)
 
@@ -113,7 +116,7 @@ class Checkpoint:
             absent = sorted(name for name in names if name not in self.tensors or self.tensors[name].file != file)
             if absent:
                 raise ModelError(
-                    f"{INDEX} says that {absent[0]} is in {file}, but the shard lacks it",
+                    f"{self.index} says that {absent[0]} is in {file}, but the shard lacks it",
                     where=str(self.directory / file),
                     fix="shards and index are of different checkpoints; download both again",
                 )

@@ -18,6 +18,7 @@ from compress.calibration.plan_source import SELF, located
 from compress.calibration.sources import is_file
 from compress.checkpoint import MASKS, Checkpoint, Shard, Slot, index_text, lay_out
 from compress.errors import CompressError, ModelError, PlanError, nearest
+from compress.export.adapter import adapter_shard
 from compress.export.formats import Format, known_formats
 from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
@@ -26,7 +27,7 @@ from compress.rules import check_format, check_order
 from compress.stream import Skeleton
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from compress.architecture import Architecture
     from compress.plan import Plan
@@ -63,6 +64,11 @@ class Linear:
     def grid(self) -> GridSpec | None:
         """The grid on which the passes leave it."""
         return next((p.grid() for _, p in reversed(self.passes) if p.grid() is not None), None)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the branch that the passes give it, at most; 0 for none."""
+        return next((rank for _, p in reversed(self.passes) if (rank := p.added_rank()) is not None), 0)
 
     @property
     def masked(self) -> bool:
@@ -134,8 +140,19 @@ class Lock:
 
     @property
     def output_bytes(self) -> int:
-        """Exact bytes of the weights to be written, headers and index included."""
-        return sum(shard.bytes for shard in self.shards) + len((self.index or "").encode())
+        """Exact bytes of the weights to be written, headers, index and branches included."""
+        branches = self.adapter({linear.name: linear.rank for linear in self.linears})
+        files = [*self.shards, *([branches] if branches else [])]
+        return sum(shard.bytes for shard in files) + len((self.index or "").encode())
+
+    def adapter(self, ranks: Mapping[str, int]) -> Shard | None:
+        """The file of the low-rank branches, for their ranks by linear."""
+        return adapter_shard({linear.name: (linear, ranks.get(linear.name, 0)) for linear in self.linears})
+
+    @property
+    def rank_budget(self) -> bool:
+        """Whether ranks are still to be allocated: then the size of the branches is the largest there may be."""
+        return any(getattr(one, "budget", None) is not None for one in self.plan.passes)
 
     def to_json(self) -> dict[str, Any]:
         """The lock as it is written beside the weights; equal locks give equal bytes."""
@@ -159,6 +176,7 @@ class Lock:
                     "shape": [linear.out_features, linear.in_features],
                     "dtype": linear.dtype,
                     "grid": linear.grid and dict(zip(("bits", "group_size", "symmetric"), linear.grid, strict=False)),
+                    "rank": linear.rank,
                     "passes": [{"pass": index, "use": p.use()} | p.settings() for index, p in linear.passes],
                 }
                 for linear in self.linears

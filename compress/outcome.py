@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from compress import __version__
 from compress.calibration.plan_source import source_digest
 from compress.card import write_card
-from compress.checkpoint import MASKS, read_json
+from compress.checkpoint import INDEX, MASKS, read_json
 from compress.errors import CompressError, OutputError
 from compress.evals.perplexity import evaluate
 from compress.hub import config_digest
@@ -96,6 +97,8 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors) -> R
     ledger = [LedgerLine(**line) for entry in work.entries("block") for line in entry["ledger"]]
     blocks = [BlockLine(**entry["line"]) for entry in work.entries("block")]
     parameters, nonzero, sparsity = _counts(lock, tensors)
+    branches = lock.adapter(tensors.ranks())
+    added = sum(math.prod(slot.shape) for slot in branches.slots) if branches else 0
     evaluation = _evaluate(run)
     run.progress.end_phase()
     plan, settings = lock.plan, lock.plan.calibration
@@ -107,11 +110,11 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors) -> R
         ),
         output=OutputInfo(
             path=work.output.name,
-            bytes=lock.output_bytes,
-            parameters=parameters,
-            nonzero_parameters=nonzero,
+            bytes=_written(work.staging),
+            parameters=parameters + added,
+            nonzero_parameters=nonzero + added,
             linear_sparsity=sparsity,
-            linear_bits=_linear_bits(lock),
+            linear_bits=_linear_bits(lock, tensors),
         ),
         environment=environment(run.mode.device),
         calibration=CalibrationInfo(
@@ -185,9 +188,17 @@ def _counts(lock: Lock, tensors: FinalTensors) -> tuple[int, int, float]:
     return parameters, parameters - pruned, pruned / sum(linear.weights for linear in lock.linears)
 
 
-def _linear_bits(lock: Lock) -> float:
+def _written(directory: Path) -> int:
+    """Bytes of the weights as they lie in a directory: every safetensors file, and the index."""
+    files = [*directory.rglob("*.safetensors"), *directory.glob(INDEX)]
+    return sum(path.stat().st_size for path in files)
+
+
+def _linear_bits(lock: Lock, tensors: FinalTensors) -> float:
     """Stored bits per weight of the linears in blocks, with all that belongs to them."""
-    slots = [slot for linear in lock.linears for slot in lock.form.slots(linear)]
+    branches = lock.adapter(tensors.ranks())
+    slots = list(branches.slots) if branches else []
+    slots += [slot for linear in lock.linears for slot in lock.form.slots(linear)]
     slots += [slot for shard in lock.shards if shard.file == MASKS for slot in shard.slots]
     return 8 * sum(slot.bytes for slot in slots) / sum(linear.weights for linear in lock.linears)
 

@@ -24,8 +24,10 @@ from compress.journal import Workspace, file_checksum, work_directory
 from compress.lock import Lock, compile_plan
 from compress.memory import reset_peak_memory, tame_allocator
 from compress.outcome import assemble, emitted_lock, finished_report, identity, publish_report
+from compress.passes.eora import EoRA, spend
 from compress.progress import Progress
 from compress.report import Report, VerifiedInfo
+from compress.state import cut_ranks
 from compress.sweep import Sweep
 from compress.walk import batch_rows
 
@@ -120,6 +122,7 @@ class Execution:
             self.rows = batch_rows(len(self.tokens.ids), self.tokens.ids.shape[1], self.mode.device)
         for number in range(len(self.lock.sweeps)):
             Sweep(self, number).carry_out()
+            self._allocate(number)
         self.work.flush()
         self.progress.phase("export", "export")
         tensors = FinalTensors(self.lock, lambda block: self.kept(len(self.lock.sweeps) - 1, block))
@@ -185,4 +188,23 @@ class Execution:
             return {}
         self.work.flush()
         (entry,) = self.work.entries("block", sweep=sweep, block=block)
-        return read_file(self.work.directory / entry["file"])
+        tensors = read_file(self.work.directory / entry["file"])
+        allocated = self.work.entries("ranks", sweep=sweep)
+        return cut_ranks(tensors, allocated[0]["ranks"]) if allocated else tensors
+
+    def _allocate(self, sweep: int) -> None:
+        """Spend a budget of ranks, once all branches of a sweep are known; journaled."""
+        budgets = [one.budget for i in self.lock.sweeps[sweep] if isinstance(one := self.lock.plan.passes[i], EoRA)]
+        if not budgets or budgets[-1] is None or self.work.entries("ranks", sweep=sweep):
+            return
+        spectra: dict[str, Tensor] = {}
+        for block in range(self.lock.blocks):
+            kept = self.kept(sweep, block)
+            spectra |= {key.rpartition(":")[0]: value for key, value in kept.items() if key.endswith(":spectrum")}
+        sizes = {linear.name: linear.out_features + linear.in_features for linear in self.lock.linears}
+        ranks = spend(spectra, sizes, budgets[-1])
+        self.work.append({"kind": "ranks", "sweep": sweep, "ranks": ranks})
+        used = sum(sizes[name] * rank for name, rank in ranks.items())
+        self.progress.say(
+            f"  ranks {min(ranks.values())} to {max(ranks.values())}: {used:,} of {budgets[-1]:,} parameters"
+        )

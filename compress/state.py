@@ -150,10 +150,14 @@ EDGE = 0.9677083  # QLoRA's: the mean of 1 − 1/32 and 1 − 1/30, where 4 bits
 
 @dataclass(frozen=True)
 class LowRank:
-    """A branch beside the weight, ``y = W x + up (down x)``: up (out, r) and down (r, in), float32. Never merged."""
+    """A branch beside the weight, ``y = W x + up (down x)``: up (out, r) and down (r, in), float32. Never merged.
+
+    `spectrum` (r,): what each rank is worth, where ranks are still to be allocated.
+    """
 
     up: Tensor
     down: Tensor
+    spectrum: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -166,7 +170,7 @@ class LowRank:
 
     def rounded(self, dtype: torch.dtype) -> LowRank:
         """Both factors as `dtype` holds them."""
-        return LowRank(self.up.to(dtype).float(), self.down.to(dtype).float())
+        return replace(self, up=self.up.to(dtype).float(), down=self.down.to(dtype).float())
 
 
 @dataclass(frozen=True)
@@ -356,6 +360,8 @@ class LinearState:
         if self.low_rank is not None:
             kept[f"{self.name}:up"] = self.low_rank.up.to(self.dtype)
             kept[f"{self.name}:down"] = self.low_rank.down.to(self.dtype)
+            if self.low_rank.spectrum is not None:
+                kept[f"{self.name}:spectrum"] = self.low_rank.spectrum
         if self.rows is not None:
             kept[f"{self.name}:rows"] = self.rows
         if self.columns is not None:
@@ -387,7 +393,18 @@ def kept_low_rank(name: str, tensors: Mapping[str, Tensor]) -> LowRank | None:
     """The branch of linear `name` from what the journal keeps of it."""
     if f"{name}:up" not in tensors:
         return None
-    return LowRank(tensors[f"{name}:up"].float(), tensors[f"{name}:down"].float())
+    return LowRank(tensors[f"{name}:up"].float(), tensors[f"{name}:down"].float(), tensors.get(f"{name}:spectrum"))
+
+
+def cut_ranks(tensors: dict[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """What the journal keeps of a block, with the branches of linears cut to these ranks; 0 removes a branch."""
+    cut = {key: tensor for key, tensor in tensors.items() if not key.endswith(":spectrum")}
+    for name, rank in ranks.items():
+        if f"{name}:up" in cut:
+            up, down = cut.pop(f"{name}:up"), cut.pop(f"{name}:down")
+            if rank:
+                cut[f"{name}:up"], cut[f"{name}:down"] = up[:, :rank].contiguous(), down[:rank].contiguous()
+    return cut
 
 
 def pack_bits(mask: Tensor) -> Tensor:

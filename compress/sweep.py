@@ -21,7 +21,7 @@ from compress.journal import file_checksum
 from compress.memory import peak_memory, trim
 from compress.passes.base import BlockPass, BlockState, Note, Pass
 from compress.report import BlockLine, LedgerLine
-from compress.state import LinearState, kept_of, kept_weight
+from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
 from compress.stream import Activations
 from compress.walk import Walk
 
@@ -282,7 +282,8 @@ class Sweep:
 
     def _write_back(self, module: nn.Module, prefix: str, linear: Linear, state: LinearState) -> None:
         """What the rest of the block computes with from now on: the weight as it will be written."""
-        weight = (state.weight.T.contiguous() if linear.transposed else state.weight).to(self.mode.dtype)
+        weight = state.effective()
+        weight = (weight.T.contiguous() if linear.transposed else weight).to(self.mode.dtype)
         owner = module.get_submodule(linear.name.removeprefix(prefix))
         owner.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -326,6 +327,8 @@ class Sweep:
         for linear in self.lock.in_block(index):
             if kept_of(linear.name, kept):
                 weight = kept_weight(linear.name, kept, DTYPES[linear.dtype])
+                branch = kept_low_rank(linear.name, kept)
+                weight = weight if branch is None else weight.float() + branch.product()
                 values[f"{linear.name}.weight"] = weight.T if linear.transposed else weight
         return values
 

@@ -10,6 +10,8 @@ import torch
 
 from compress.checkpoint import INDEX, is_inside, read_json, write_shard
 from compress.errors import ModelError
+from compress.export.adapter import FOLDER as ADAPTER
+from compress.export.adapter import PREFIX, write_config
 from compress.passes.base import BlockPass
 from compress.state import kept_of, pack_bits
 
@@ -52,6 +54,19 @@ class FinalTensors:
         self._parameters = _block_parameters(lock) if any(isinstance(p, BlockPass) for p in lock.plan.passes) else {}
         self._masks = {f"{linear.name}.mask": linear for linear in lock.linears if linear.masked}
         self._held: tuple[int, dict[str, Tensor]] = (-1, {})
+        self._branches = {
+            f"{PREFIX}{linear.name}.{part}.weight": (linear, kind)
+            for linear in lock.linears
+            for part, kind in (("lora_A", "down"), ("lora_B", "up"))
+        }
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of each linear's branch; 0 for none."""
+        found = {}
+        for linear in self.lock.linears:
+            down = self.kept(linear).get(f"{linear.name}:down") if linear.rank else None
+            found[linear.name] = 0 if down is None else down.shape[0]
+        return found
 
     def state(self, block: int) -> dict[str, Tensor]:
         """The journal's tensors of one block."""
@@ -76,6 +91,9 @@ class FinalTensors:
             packed = self.mask(linear)  # a pass that may prune need not have
             whole = torch.ones(linear.out_features, linear.in_features, dtype=torch.bool)
             return pack_bits(whole) if packed is None else packed
+        if name in self._branches:
+            linear, kind = self._branches[name]
+            return self.kept(linear)[f"{linear.name}:{kind}"]
         if name in self._parameters:
             block, parameter = self._parameters[name]
             changed = self.state(block).get(f"{parameter}:parameter")
@@ -98,6 +116,13 @@ def export(lock: Lock, lock_json: dict[str, Any], tensors: FinalTensors, directo
         (directory / INDEX).write_text(lock.index, encoding="utf-8")
     for path in copied_files(lock.directory, code=lock.plan.model.trust_remote_code):
         shutil.copyfile(path, directory / path.name)
+    ranks = tensors.ranks()
+    branches = lock.adapter(ranks)
+    if branches:
+        folder = directory / ADAPTER
+        folder.mkdir()
+        write_shard(branches, folder, tensors)
+        write_config(lock, ranks, folder, base=lock.plan.run.output.rpartition("/")[2])
     quantization = lock.form.config(lock) if any(lock.form.holds(linear) for linear in lock.linears) else None
     if quantization:
         config = read_json(lock.directory / "config.json") | {"quantization_config": quantization}

@@ -15,6 +15,8 @@ import torch
 from compress.architecture import architecture_for
 from compress.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_json, read_tensor
 from compress.errors import ModelError
+from compress.export.adapter import FOLDER as ADAPTER
+from compress.export.adapter import Branches
 from compress.export.formats import PackedFormat, known_formats
 from compress.hub import load_config
 
@@ -33,11 +35,15 @@ def open_model(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any
     """Configuration and tensors of a dense or quantized model directory. Raises ModelError."""
     config = load_config(directory, trust_remote_code=trust_remote_code, quantized=True)
     quantization = read_json(directory / "config.json").get("quantization_config")
-    if not quantization:
-        return config, Checkpoint(directory)
-    del config.quantization_config  # the skeleton is a plain model
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
-    return config, DecodedCheckpoint(directory, quantization, architecture_for(config.model_type), dtype)
+    architecture = architecture_for(config.model_type)
+    checkpoint = Checkpoint(directory)
+    if quantization:
+        del config.quantization_config  # the skeleton is a plain model
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
+        checkpoint = DecodedCheckpoint(directory, quantization, architecture, dtype)
+    if (directory / ADAPTER / "adapter_config.json").is_file():
+        checkpoint = BranchedCheckpoint(checkpoint, Branches(directory / ADAPTER), architecture)
+    return config, checkpoint
 
 
 class DecodedCheckpoint(Checkpoint):
@@ -133,6 +139,41 @@ class DecodedCheckpoint(Checkpoint):
             where=str(self.directory),
             fix="copy the directory again; formats are read as compress writes them",
         )
+
+
+class BranchedCheckpoint(Checkpoint):
+    """A checkpoint whose linears have low-rank branches: their weights are read as ``W + up · down``, in float32.
+
+    The model computes the branch beside the weight; the sum is the same function up to float32 rounding.
+    """
+
+    def __init__(self, base: Checkpoint, branches: Branches, architecture: Architecture) -> None:
+        """Put the branches of an adapter on a checkpoint. Raises ModelError when one has no linear."""
+        self.base, self.branches, self.directory = base, branches, base.directory
+        self.tensors, self.sizes = dict(base.tensors), base.sizes
+        modules = {architecture.parameter_name(name).removesuffix(".weight"): name for name in base.tensors}
+        self._branched: dict[str, tuple[str, bool]] = {}
+        for module in branches.names():
+            if module not in modules:
+                raise ModelError(
+                    f"the adapter has a branch for {module}, which the model lacks",
+                    where=str(branches.directory),
+                    fix="copy the whole output again",
+                )
+            name = modules[module]
+            transposed = module.endswith(tuple(f".{linear}" for linear in architecture.transposed))
+            self._branched[name] = (module, transposed)
+            self.tensors[name] = replace(base.tensors[name], dtype="F32")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; a weight with a branch is the sum of both."""
+        weight = self.base.read(name)
+        if name not in self._branched:
+            return weight
+        module, transposed = self._branched[name]
+        rows, columns = weight.shape[::-1] if transposed else weight.shape
+        product = self.branches.product(module, (rows, columns))
+        return weight.float() + (product.T if transposed else product)
 
 
 class _Coded(NamedTuple):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from compress.checkpoint import DTYPES, MASKS, Checkpoint
 from compress.errors import RunError
+from compress.export.adapter import FOLDER as ADAPTER
 from compress.export.formats import PackedFormat
 from compress.state import kept_weight, unpack_bits
 
@@ -40,8 +41,12 @@ def verify(tensors: FinalTensors, directory: Path) -> tuple[int, int]:
         odd = sorted(written ^ expected)[0]
         raise _differs(odd, directory, "is in only one of lock and output")
     files = {slot.name: directory / shard.file for shard in lock.shards for slot in shard.slots}
+    branches = lock.adapter(tensors.ranks())
+    shards = [*lock.shards, *([branches] if branches else [])]
+    if branches:
+        files |= {slot.name: directory / ADAPTER / branches.file for slot in branches.slots}
     total = 0
-    for shard in lock.shards:
+    for shard in shards:
         for slot in shard.slots:
             if not same_bits(read_independently(files[slot.name], slot.name), tensors[slot.name]):
                 raise _differs(slot.name, directory, "differs from what was compressed")

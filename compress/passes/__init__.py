@@ -17,6 +17,7 @@ from compress.passes.base import (
     Survey,
     Where,
 )
+from compress.passes.eora import EoRA
 from compress.passes.gptq import GPTQ
 from compress.passes.magnitude import Magnitude
 from compress.passes.rtn import RTN
@@ -29,6 +30,7 @@ __all__ = [
     "RTN",
     "BlockPass",
     "BlockState",
+    "EoRA",
     "GridSettings",
     "Invariant",
     "LinearPass",

@@ -42,6 +42,7 @@ class Invariant(StrEnum):
     MASK = "mask"  # pruned entries are exactly 0 and stay pruned
     PATTERN = "pattern"  # at most N of every M
     GRID = "grid"  # every weight is a code of its grid
+    LOW_RANK = "low-rank branch"  # what the weight lacks is in a branch beside it
     SHAPES = "shapes"  # the widths of the model are final
     TIES = "ties"  # tied parameters are equal
     FUNCTION = "function"  # the outputs have not changed
@@ -167,6 +168,10 @@ class Pass(Settings):
 
     def grid(self) -> GridSpec | None:
         """The grid on which this configured pass puts a linear; None when it leaves the weight as free as it was."""
+        return None
+
+    def added_rank(self) -> int | None:
+        """The rank of the branch that this configured pass gives a linear, at most; None when it gives none."""
         return None
 
     def check_shape(self, out_features: int, in_features: int) -> None:

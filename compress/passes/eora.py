@@ -1,0 +1,146 @@
+"""EoRA: a low-rank branch that makes up for what compression lost, in the norm of the inputs (Liu et al. 2024, 2410.21271).
+
+With ``ΔW = W − Ŵ`` (out, in) and the second moment ``H = X Xᵀ`` of what the layer really reads, the rank-r branch
+``B A`` that minimizes ``‖(ΔW − B A) X‖_F`` is, for any ``T Tᵀ = H``, the truncated SVD of ``ΔW T = U Σ Vᵀ``:
+``B = U_r``, ``A = U_rᵀ ΔW``, and its squared error is ``Σ_{i>r} σ_i²``. So no inverse of T is needed, and a singular H (fewer
+tokens than columns) does no harm. U and σ come from whichever symmetric matrix is smaller, in float64:
+
+* out ≤ in: ``ΔW H ΔWᵀ = U Σ² Uᵀ``.
+* out > in: ``H = Q Λ Qᵀ``, ``T = Q Λ^½`` with the modes below ``λ_max · in · ε`` (ε of float32) left out, and
+  ``Tᵀ ΔWᵀ ΔW T = V Σ² Vᵀ``, ``U = ΔW T V Σ⁻¹``.
+
+Each pair of a column of B and a row of A is scaled to equal norms, so that both fit the checkpoint's dtype. It comes
+last: the branch is never merged, so mask and codes stay.
+
+`norm = "weight"` takes H = I, the plain SVD of ΔW, as a baseline. With `budget`, `rank` is the largest rank: when all
+factors are known, the budget's parameters go to where Σσ², relative to ``‖W X‖²``, falls fastest per parameter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Statistics
+from compress.passes.grid_search import fit_groups, grid_of
+from compress.state import GridSpec, LowRank
+
+
+class EoRA(LinearPass):
+    """Compensate what is lost by a low-rank branch; weights, masks and codes stay."""
+
+    rank: int = Field(default=64, ge=1, description="rank of the branch; with budget, the largest")
+    budget: int | None = Field(default=None, ge=0, description="parameters of all branches together")
+    norm: Literal["activation", "weight"] = Field(default="activation", description="weight: the plain SVD, a baseline")
+    factor_bits: int | None = Field(default=None, description="round the factors to 8 or 4 bits, a scale per 64 values")
+
+    rule: ClassVar[int] = 7
+    establishes: ClassVar[frozenset[Invariant]] = frozenset({Invariant.LOW_RANK})
+    preserves: ClassVar[frozenset[Invariant]] = frozenset(
+        {Invariant.MASK, Invariant.PATTERN, Invariant.GRID, Invariant.SHAPES, Invariant.TIES}
+    )
+    statistics: ClassVar[Statistics] = Statistics.GRAM
+
+    @model_validator(mode="after")
+    def _bits_exist(self) -> EoRA:
+        if self.factor_bits not in (None, 4, 8):
+            raise SettingError(f"no grid of factors has {self.factor_bits} bits", "factor_bits is 4 or 8", ("factor_bits",))
+        return self
+
+    def added_rank(self) -> int:
+        """The branch's."""
+        return self.rank
+
+    def check_shape(self, out_features: int, in_features: int) -> None:
+        """A branch of full rank would be the weight itself."""
+        most = min(out_features, in_features)
+        if self.rank > most:
+            problem = f"rank {self.rank} is above {most}, the smaller side of a {out_features} × {in_features} linear"
+            raise SettingError(problem, f"rank = {most} or less; a [[pass.where]] can give some linears another")
+
+    def apply(self, linear: LinearState, moments: Moments) -> Note:
+        """Find the branch of one linear."""
+        missing = linear.dense - linear.base()
+        H = moments.gram() if self.norm == "activation" else None
+        vectors, squares = left_singular(missing, H, self.rank)
+        up, down = balanced(vectors, vectors.T @ missing.double())
+        branch = LowRank(up.float(), down.float())
+        if self.factor_bits is not None:
+            branch = LowRank(*(_rounded(one, self.factor_bits, linear.dtype) for one in (branch.up, branch.down)))
+        if self.budget is not None:  # the pass manager cuts the ranks when it knows all spectra
+            whole = moments.error(linear.dense) if H is not None else float(linear.dense.square().sum())
+            branch = replace(branch, spectrum=(squares / max(whole, 1e-30)).float())
+        linear.low_rank = branch.rounded(linear.dtype)
+        return {"detail": f"rank {branch.rank}"}
+
+
+def left_singular(missing: Tensor, H: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """The first left singular vectors of ``ΔW T``, ``T Tᵀ = H``, and the squares of their singular values.
+
+    Args:
+        missing: (out, in) ΔW.
+        H: (in, in) positive semi-definite; None is the identity.
+        rank: how many.
+
+    Returns:
+        (out, rank) float64, orthonormal, largest first, and (rank,) float64.
+    """
+    delta = missing.double()
+    out, width = delta.shape
+    if out <= width:
+        product = delta @ delta.T if H is None else delta @ H.double() @ delta.T
+        values, vectors = torch.linalg.eigh((product + product.T) / 2)
+        return vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp_min(0.0)
+    if H is not None:
+        values, Q = torch.linalg.eigh(H.double())
+        kept = values > values[-1] * width * torch.finfo(torch.float32).eps
+        delta = delta @ (Q[:, kept] * values[kept].sqrt())  # (out, modes)
+    product = delta.T @ delta
+    values, V = torch.linalg.eigh((product + product.T) / 2)
+    values, V = values.flip(0)[:rank].clamp_min(0.0), V.flip(1)[:, :rank]
+    # Directions of no error are not normalized; QR completes them, and keeps the others, to orthonormal ones.
+    U, R = torch.linalg.qr(torch.nn.functional.pad(delta @ V, (0, rank - V.shape[1])))
+    return U * torch.where(R.diagonal() < 0, -1.0, 1.0), torch.nn.functional.pad(values, (0, rank - len(values)))
+
+
+def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with columns of `up` (out, r) and rows of `down` (r, in) of equal norms."""
+    ratio = (down.norm(dim=1) / up.norm(dim=0).clamp_min(1e-30)).sqrt()  # (r,)
+    ratio = torch.where(ratio > 0, ratio, 1.0)
+    return up * ratio, down / ratio.unsqueeze(1)
+
+
+def _rounded(factor: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """A factor as the values of a symmetric grid, along its longer side, in groups of 64 where they divide it."""
+    tall = factor.shape[0] > factor.shape[1]
+    rows = factor.T.contiguous() if tall else factor
+    spec = GridSpec(bits, 64 if rows.shape[1] % 64 == 0 else -1)
+    scale, zero = fit_groups(rows, spec, dtype)
+    width = spec.width(rows.shape[1])
+    codes = spec.code(rows, scale.repeat_interleave(width, 1), zero.repeat_interleave(width, 1))
+    values = grid_of(codes, scale, zero, spec, dtype).dequantize(dtype)
+    return values.T.contiguous() if tall else values
+
+
+def spend(spectra: dict[str, Tensor], sizes: dict[str, int], budget: int) -> dict[str, int]:
+    """The ranks under a budget of parameters that leave the least ``Σ σ²``, greedily by σ² per parameter.
+
+    Args:
+        spectra: by linear, the squares of its singular values, largest first, relative to its output.
+        sizes: by linear, the parameters of one rank (out + in).
+        budget: parameters in all.
+    """
+    steps = [(-float(value) / sizes[name], name) for name, values in spectra.items() for value in values]
+    ranks = dict.fromkeys(spectra, 0)
+    closed: set[str] = set()
+    for _, name in sorted(steps):
+        if name in closed or sizes[name] > budget:
+            closed.add(name)  # a later, smaller value of the same linear must not come before this one
+            continue
+        ranks[name] += 1
+        budget -= sizes[name]
+    return ranks
