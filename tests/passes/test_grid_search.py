@@ -136,6 +136,7 @@ def test_weights_whose_scale_float16_cannot_hold_take_the_smallest_scale(
     spec: GridSpec, clip: str, size: float
 ) -> None:
     weight = draw(4, 16, seed=4).clamp(-2, 2) * size
+    weight[0] = -weight[0].abs()  # its zero-point is the largest code, whatever the scale was rounded to
     scale, zero = fit(weight, spec, torch.float16, clip=clip)  # type: ignore[arg-type]
     smallest = 2.0**-24
     assert (scale >= smallest).all()
@@ -150,6 +151,7 @@ def test_weights_whose_scale_float16_cannot_hold_take_the_smallest_scale(
         torch.float16,
     )
     assert int(grid.codes.max()) <= spec.largest
+    assert int(grid.zero.max()) <= spec.largest
     assert torch.isfinite(grid.dequantize(torch.float16)).all()
     # No worse than to drop them all.
     assert float((grid.dequantize(torch.float16) - weight).norm()) <= float(weight.norm()) * (1 + 1e-6)
@@ -216,6 +218,14 @@ def test_the_candidates_begin_with_min_max_and_shrink_to_the_best_ranges_of_norm
         share = scale * (2**bits - 1) / (2 * weight.abs().amax(1))
         assert (share > SHRINK[-1] + 0.01).all()  # the best one is inside, not at the end of the candidates
         assert (share < 1).all()
+
+
+@each_spec
+def test_where_nothing_matters_the_range_is_min_max(spec: GridSpec) -> None:
+    """Inputs that calibration never saw: all ranges are as good, and the first is the widest."""
+    weight = draw(10, 16, seed=18)
+    found = fit(weight, spec, torch.float32, clip="mse", importance=torch.zeros(16))
+    assert all(torch.equal(one, other) for one, other in zip(found, fit(weight, spec, torch.float32), strict=True))
 
 
 # ---------------------------------------------------------------- rows and groups
