@@ -22,7 +22,7 @@ from compress.export.adapter import adapter_shard
 from compress.export.formats import Format, known_formats
 from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
-from compress.passes.base import BlockPass, Invariant, LinearPass, Pass, SettingError, Statistics, matches
+from compress.passes.base import BlockPass, Invariant, LinearPass, ModelPass, Pass, SettingError, Statistics, matches
 from compress.rules import check_format, check_order
 from compress.stream import Skeleton
 
@@ -68,7 +68,7 @@ class Linear:
     @property
     def rank(self) -> int:
         """The rank of the branch that the passes give it, at most; 0 for none."""
-        return next((rank for _, p in reversed(self.passes) if (rank := p.added_rank()) is not None), 0)
+        return next((rank for _, p in self.passes if (rank := p.added_rank()) is not None), 0)
 
     @property
     def masked(self) -> bool:
@@ -109,7 +109,9 @@ class Lock:
     @property
     def calibrated(self) -> bool:
         """Whether any pass needs activations."""
-        return any(self.statistics(linear, sweep) for linear in self.linears for sweep in range(len(self.sweeps)))
+        sweeps = range(len(self.sweeps))
+        learns = any(one.learns() for one in self.plan.passes)
+        return learns or any(self.statistics(linear, sweep) for linear in self.linears for sweep in sweeps)
 
     def in_block(self, block: int) -> list[Linear]:
         """The linears of a block, in the order in which it runs them."""
@@ -126,7 +128,12 @@ class Lock:
     def block_passes(self, sweep: int) -> list[tuple[int, BlockPass]]:
         """The passes over whole blocks with which a sweep begins."""
         passes = self.plan.passes
-        return [(i, one) for i in self.sweeps[sweep] if isinstance(one := passes[i], BlockPass)]
+        found = [(i, passes[i]) for i in self.sweeps[sweep]]
+        return [(i, one) for i, one in found if isinstance(one, BlockPass) and not one.barrier()]
+
+    def is_barrier(self, sweep: int) -> bool:
+        """Whether a sweep is a pass over the whole model instead."""
+        return any(self.plan.passes[index].barrier() for index in self.sweeps[sweep])
 
     @property
     def architecture(self) -> Architecture:
@@ -135,7 +142,7 @@ class Lock:
 
     def statistics(self, linear: Linear, sweep: int) -> Statistics:
         """The statistics that a sweep needs of a linear's input."""
-        local = [p for _, p in self.passes(linear, sweep) if isinstance(p, (LinearPass, BlockPass))]
+        local = [p for _, p in self.passes(linear, sweep) if isinstance(p, (LinearPass, BlockPass)) and not p.barrier()]
         return max((p.needed() for p in local), default=Statistics.NONE)
 
     @property
@@ -339,16 +346,19 @@ def _sweeps(plan: Plan) -> tuple[tuple[int, ...], ...]:
     """Consecutive local passes share a sweep; one that surveys the whole model or works on blocks begins a new one."""
     sweeps: list[list[int]] = [[]]
     for index, one in enumerate(plan.passes):
-        if not isinstance(one, (LinearPass, BlockPass)):
+        if not isinstance(one, (LinearPass, BlockPass, ModelPass)):
             where = plan.source.where(("pass", index))
-            fix = "derive it from LinearPass or BlockPass"
-            raise PlanError(f"{one.use()} is not a local pass", where=where, fix=fix)
+            fix = "derive it from LinearPass, BlockPass or ModelPass"
+            raise PlanError(f"{one.use()} has no way to be applied", where=where, fix=fix)
+        if one.barrier():
+            sweeps += [[index], []]
+            continue
         every = [one, *(one.with_settings(table.overrides()) for table in one.where)]
         begins = isinstance(one, BlockPass) or any(each.surveys() for each in every if isinstance(each, LinearPass))
         if begins and sweeps[-1]:
             sweeps.append([])
         sweeps[-1].append(index)
-    return tuple(tuple(sweep) for sweep in sweeps)
+    return tuple(tuple(sweep) for sweep in sweeps if sweep)
 
 
 def _in_model_order(skeleton: Skeleton) -> Iterator[Any]:
@@ -369,9 +379,8 @@ def _check_calibration(lock: Lock) -> None:
     plan = lock.plan
     context = getattr(lock.config, "max_position_embeddings", None)
     if lock.calibrated and plan.calibration is None:
-        index = next(
-            i for lin in lock.linears for i, p in lin.passes if isinstance(p, (LinearPass, BlockPass)) and p.needed()
-        )
+        needing = [i for lin in lock.linears for i, p in lin.passes if _needs_data(p)]
+        index = needing[0]
         raise PlanError(
             f"{plan.passes[index].use()} needs calibration data",
             where=plan.source.where(("pass", index)),
@@ -385,6 +394,10 @@ def _check_calibration(lock: Lock) -> None:
                 where=plan.source.where((table, key)),
                 fix=f"{key} = {context} or less",
             )
+
+
+def _needs_data(one: Pass) -> bool:
+    return one.learns() or (isinstance(one, (LinearPass, BlockPass)) and bool(one.needed()))
 
 
 def _check_texts(plan: Plan) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.barrier import Barrier
 from compress.calibration.plan_source import make_tokens
 from compress.calibration.tokens import TokenSet
 from compress.checkpoint import read_file
@@ -121,11 +122,13 @@ class Execution:
             self.tokens = self._calibration()
             self.rows = batch_rows(len(self.tokens.ids), self.tokens.ids.shape[1], self.mode.device)
         for number in range(len(self.lock.sweeps)):
-            Sweep(self, number).carry_out()
+            self.skeleton.replaced = {n.rpartition(":")[0]: t for n, t in self.kept_outside(number - 1).items()}
+            (Barrier if self.lock.is_barrier(number) else Sweep)(self, number).carry_out()
             self._allocate(number)
         self.work.flush()
         self.progress.phase("export", "export")
-        tensors = FinalTensors(self.lock, lambda block: self.kept(len(self.lock.sweeps) - 1, block))
+        last = len(self.lock.sweeps) - 1
+        tensors = FinalTensors(self.lock, lambda block: self.kept(last, block), self.kept_outside(last))
         shutil.rmtree(self.work.staging, ignore_errors=True)
         self.work.staging.mkdir()
         export(self.lock, emitted_lock(self.lock, self.identity), tensors, self.work.staging)
@@ -191,6 +194,12 @@ class Execution:
         tensors = read_file(self.work.directory / entry["file"])
         allocated = self.work.entries("ranks", sweep=sweep)
         return cut_ranks(tensors, allocated[0]["ranks"]) if allocated else tensors
+
+    def kept_outside(self, sweep: int) -> dict[str, Tensor]:
+        """What the journal keeps, after a sweep, of the parameters that belong to no block."""
+        self.work.flush()
+        found = [entry for entry in self.work.entries("outside") if entry["sweep"] <= sweep]
+        return read_file(self.work.directory / found[-1]["file"]) if found else {}
 
     def _allocate(self, sweep: int) -> None:
         """Spend a budget of ranks, once all branches of a sweep are known; journaled."""

@@ -48,7 +48,7 @@ def check_order(plan: Plan, linears: Iterable[Linear]) -> None:
         established: dict[Invariant, int] = {}
         for index, one in linear.passes:
             missing = one.requires - set(established)
-            broken = set(established) - one.preserves
+            broken = set(established) & ((set(established) - one.preserves) | one.breaks())
             if missing or broken:
                 raise _out_of_order(plan, linear, index, one, established, missing, broken)
             established |= dict.fromkeys(one.provides(), index)

@@ -79,6 +79,7 @@ class Skeleton:
         self._match()
         for index, block in enumerate(self.blocks):
             blocks[index] = _Stub(block, self, index)
+        self.replaced: dict[str, Tensor] = {}  # parameters outside blocks that have other values than the checkpoint's
         self._recorded: list[Call] = []
         self._first: Tensor | None = None
         self._inject: Tensor | None = None
@@ -188,6 +189,7 @@ class Skeleton:
         parent, _, leaf = name.rpartition(".")
         module = self._module(parent)
         if leaf in module._parameters:
+            value = self.replaced.get(name) if value is None else value
             tensor = self._checked(self.stored[name]) if value is None else value
             tensor = tensor.to(device=self.device, dtype=self.dtype)
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
@@ -254,6 +256,22 @@ class Skeleton:
         finally:
             for name in names:
                 self._unload(name)
+
+    @contextmanager
+    def dense_block(self, index: int) -> Iterator[nn.Module]:
+        """One decoder block as the model came, for a while, whatever the block itself holds now."""
+        block = self.blocks[index]
+        held = dict(block.named_parameters())
+        buffers = dict(block.named_buffers())
+        try:
+            with self.block(index) as dense:
+                yield dense
+        finally:
+            for name, parameter in held.items():
+                owner = block.get_submodule(name.rpartition(".")[0])
+                owner._parameters[name.rpartition(".")[2]] = parameter
+            for name, buffer in buffers.items():
+                block.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
 
     # -------------------------------------------------------------- forwards
 

@@ -20,6 +20,7 @@ from compress.invariants import check_invariants
 from compress.journal import file_checksum
 from compress.memory import peak_memory, trim
 from compress.passes.base import BlockPass, BlockState, Note, Pass
+from compress.reconstruct import BlockForward
 from compress.report import BlockLine, LedgerLine
 from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
 from compress.stream import Activations
@@ -54,6 +55,7 @@ class Sweep:
         self.run.progress.sweep(self.number, len(lock.sweeps), first, names)
         self.surveyed = self._survey()
         needed = any(lock.statistics(linear, self.number) for linear in lock.linears)
+        needed = needed or any(one.learns() for _, one in lock.block_passes(self.number))
         flow = self._inputs(entries) if needed else None
         for index in range(first, lock.blocks):
             began = time.perf_counter()
@@ -73,7 +75,7 @@ class Sweep:
                 continue
             known = self.work.entries("survey", sweep=self.number, index=index)
             if not known:
-                states = lambda: (self._state(linear) for linear in chosen)  # noqa: B023, E731
+                states = lambda: (self.state(linear) for linear in chosen)  # noqa: B023, E731
                 survey = dict(chosen[0].passes)[index].survey(states)  # type: ignore[attr-defined]
                 known = [{"kind": "survey", "sweep": self.number, "index": index, "settings": survey}]
                 self.work.append(known[0])
@@ -139,18 +141,18 @@ class Sweep:
         subsets = [[lin for lin in linears if lin.subset == n] for n in sorted({lin.subset for lin in linears})]
         measured = [subset for subset in subsets if max(lock.statistics(lin, self.number) for lin in subset)]
         artifact, ledger = dict(before), []
-        with self.skeleton.block(index, self._as_parameters(index, before)) as module:
+        with self.skeleton.block(index, self.as_parameters(index, before)) as module:
             stops = [tuple(lin.name.removeprefix(prefix) for lin in subset) for subset in measured]
             with self._walk(module, index, stops, flow) as walk:
                 statistics = BlockStatistics(self, measured, walk)
                 for number, one in lock.block_passes(self.number):
-                    ledger += self._transform(index, number, one, module, statistics, artifact)
+                    ledger += self._transform(index, number, one, module, statistics, artifact, flow)
                 for subset in subsets:
                     shared = statistics.of(subset) if subset in measured else Moments(0, Statistics.NONE)
                     for linear in subset:
                         if not lock.linear_passes(linear, self.number):
                             continue
-                        state = self._state(linear, artifact)
+                        state = self.state(linear, artifact)
                         ledger += self._compress(linear, state, shared)
                         self._keep(state, artifact)
                         self._write_back(module, prefix, linear, state)
@@ -162,7 +164,7 @@ class Sweep:
         pause = self.mode.pause and self.lock.plan.run.refresh == "subset"
         return Walk(module, stops, calls, flow, pause=pause)
 
-    def _state(self, linear: Linear, before: dict[str, Tensor] | None = None) -> LinearState:
+    def state(self, linear: Linear, before: dict[str, Tensor] | None = None) -> LinearState:
         """A linear as this sweep finds it, in float32; `before`: what is kept of its block so far."""
         stored = self.lock.checkpoint.read(linear.stored)
         dense = (stored.T if linear.transposed else stored).to(self.mode.device).float().contiguous()
@@ -180,11 +182,12 @@ class Sweep:
         module: nn.Module,
         statistics: BlockStatistics,
         artifact: dict[str, Tensor],
+        flow: Activations | None,
     ) -> list[LedgerLine]:
         """Apply a block pass; linears, norms and biases that it changed go into the artifact and the module."""
         lock, prefix = self.lock, self.skeleton.prefix(index)
         linears = {lin.name.removeprefix(prefix): lin for lin in lock.in_block(index) if number in dict(lin.passes)}
-        states = {name: self._state(linear, artifact) for name, linear in linears.items()}
+        states = {name: self.state(linear, artifact) for name, linear in linears.items()}
         weights = {f"{name}.weight" for name in linears}
         block = BlockState(
             architecture=lock.architecture,
@@ -195,6 +198,7 @@ class Sweep:
                 name: value.detach().float().clone() for name, value in module.named_parameters() if name not in weights
             },
             followers={name: _quantizer(linear, number) for name, linear in linears.items()},
+            forward=BlockForward(self, index, module, flow) if one.learns() and flow else None,
         )
         untouched = dict(block.parameters)
         began = time.perf_counter()
@@ -218,6 +222,8 @@ class Sweep:
                     name.rpartition(".")[2], nn.Parameter(settled.to(self.mode.dtype), requires_grad=False)
                 )
         statistics.changed(block)
+        if block.forward is not None:
+            block.forward.store.forget()
         return lines
 
     def _compress(self, linear: Linear, state: LinearState, moments: Moments) -> list[LedgerLine]:
@@ -274,6 +280,15 @@ class Sweep:
             seconds=seconds,
         )
 
+    def line_of(
+        self, linear: Linear, index: int, one: Pass, state: LinearState, notes: dict[str, Note], seconds: float
+    ) -> LedgerLine:
+        """The ledger line of a pass that has no moments: the error is that of the weight."""
+        nothing = Moments(0, Statistics.NONE)
+        size = max(float(state.dense.square().sum()), 1e-30)
+        error = float((state.dense - state.effective()).square().sum()) / size
+        return self._line(linear, index, one, state, nothing, error, error, notes.get(linear.name, {}), seconds)
+
     def _keep(self, state: LinearState, artifact: dict[str, Tensor]) -> None:
         """Put the state of a linear in the place of what the artifact had of it."""
         for key in kept_of(state.name, artifact):
@@ -321,7 +336,7 @@ class Sweep:
         files = (directory / shard.file, *([flow.path] if flow else []))
         self.work.append_later(entry, files=files, obsolete=(self._flow_file(index),))
 
-    def _as_parameters(self, index: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    def as_parameters(self, index: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the journal keeps of a block, as values for its parameters."""
         values = {key.rpartition(":")[0]: value for key, value in kept.items() if key.endswith(":parameter")}
         for linear in self.lock.in_block(index):

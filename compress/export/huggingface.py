@@ -12,7 +12,7 @@ from compress.checkpoint import INDEX, is_inside, read_json, write_shard
 from compress.errors import ModelError
 from compress.export.adapter import FOLDER as ADAPTER
 from compress.export.adapter import PREFIX, write_config
-from compress.passes.base import BlockPass
+from compress.passes.base import BlockPass, ModelPass
 from compress.state import kept_of, pack_bits
 
 if TYPE_CHECKING:
@@ -45,13 +45,18 @@ COPIED = (
 class FinalTensors:
     """The tensors to be emitted, by name: compressed linears from the journal, all else from the source."""
 
-    def __init__(self, lock: Lock, block_state: Callable[[int], dict[str, Tensor]]) -> None:
-        """`block_state` reads what the journal keeps of a block; the last one read is held."""
+    def __init__(
+        self, lock: Lock, block_state: Callable[[int], dict[str, Tensor]], outside: dict[str, Tensor] | None = None
+    ) -> None:
+        """`block_state` reads what the journal keeps of a block (the last is held); `outside` belongs to no block."""
         self.lock, self._block_state = lock, block_state
         self.linears: dict[str, tuple[Linear, Slot]] = {
             slot.name: (linear, slot) for linear in lock.linears if linear.passes for slot in lock.form.slots(linear)
         }
-        self._parameters = _block_parameters(lock) if any(isinstance(p, BlockPass) for p in lock.plan.passes) else {}
+        more = any(isinstance(p, (BlockPass, ModelPass)) for p in lock.plan.passes)
+        self._parameters = _block_parameters(lock) if more else {}
+        stored = lock.skeleton.stored
+        self._outside = {stored[key.rpartition(":")[0]]: value for key, value in (outside or {}).items()}
         self._masks = {f"{linear.name}.mask": linear for linear in lock.linears if linear.masked}
         self._held: tuple[int, dict[str, Tensor]] = (-1, {})
         self._branches = {
@@ -94,6 +99,8 @@ class FinalTensors:
         if name in self._branches:
             linear, kind = self._branches[name]
             return self.kept(linear)[f"{linear.name}:{kind}"]
+        if name in self._outside:
+            return self._outside[name]
         if name in self._parameters:
             block, parameter = self._parameters[name]
             changed = self.state(block).get(f"{parameter}:parameter")

@@ -8,6 +8,7 @@ from compress.passes.base import (
     Invariant,
     LinearPass,
     LinearState,
+    ModelPass,
     Moments,
     Note,
     Pass,
@@ -20,6 +21,8 @@ from compress.passes.base import (
 from compress.passes.eora import EoRA
 from compress.passes.gptq import GPTQ
 from compress.passes.magnitude import Magnitude
+from compress.passes.peqa import PEQA
+from compress.passes.perp import PERP
 from compress.passes.rtn import RTN
 from compress.passes.sparsegpt import SparseGPT
 from compress.passes.wanda import Wanda
@@ -27,6 +30,8 @@ from compress.passes.wanda import Wanda
 __all__ = [
     "AWQ",
     "GPTQ",
+    "PEQA",
+    "PERP",
     "RTN",
     "BlockPass",
     "BlockState",
@@ -35,6 +40,7 @@ __all__ = [
     "Invariant",
     "LinearPass",
     "LinearState",
+    "ModelPass",
     "Magnitude",
     "Moments",
     "Note",

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import (
@@ -32,6 +32,10 @@ from compress.calibration.moments import Moments, Statistics
 from compress.errors import nearest
 from compress.settings import Settings
 from compress.state import GridSpec, LinearState, Pattern
+
+if TYPE_CHECKING:
+    from compress.barrier import WholeModel
+    from compress.reconstruct import BlockForward
 
 __all__ = ["BlockPass", "BlockState", "Invariant", "LinearPass", "LinearState", "Moments", "Note", "Pass", "Statistics", "Survey", "Where"]
 
@@ -170,6 +174,18 @@ class Pass(Settings):
         """The grid on which this configured pass puts a linear; None when it leaves the weight as free as it was."""
         return None
 
+    def barrier(self) -> bool:
+        """Whether the pass needs the whole model in memory, and so stands between sweeps."""
+        return False
+
+    def breaks(self) -> frozenset[Invariant]:
+        """What this configured pass breaks although passes of its class may preserve it."""
+        return frozenset()
+
+    def learns(self) -> bool:
+        """Whether the pass trains on the calibration set."""
+        return False
+
     def added_rank(self) -> int | None:
         """The rank of the branch that this configured pass gives a linear, at most; None when it gives none."""
         return None
@@ -222,6 +238,7 @@ class BlockState:
     moments: dict[str, Moments]
     parameters: dict[str, torch.Tensor]
     followers: dict[str, Pass | None]  # the pass that will quantize the linear
+    forward: BlockForward | None = None  # runs the block, for a pass that learns
 
 
 class BlockPass(Pass):
@@ -247,6 +264,18 @@ class BlockPass(Pass):
     @abstractmethod
     def apply(self, block: BlockState) -> dict[str, Note]:
         """Change the block in place; returns entries for the ledger lines of its linears."""
+
+
+class ModelPass(Pass):
+    """A pass over the whole model, which is in memory for it: a barrier between sweeps."""
+
+    def barrier(self) -> bool:
+        """It is one."""
+        return True
+
+    @abstractmethod
+    def apply_model(self, model: WholeModel) -> dict[str, Note]:
+        """Change the model in place; returns entries for the ledger lines of its linears."""
 
 
 class PruningPass(LinearPass):

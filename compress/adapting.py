@@ -1,0 +1,145 @@
+"""A linear as it is trained: its fixed weight, and the few parameters that a pass learns.
+
+The forms and what becomes of them (METHODS 8; Zimmer et al. 2023, arXiv 2312.15230), M the mask, s = alpha / rank:
+
+    lora         W x + s B (A x)      stays a branch beside the weight
+    lora-prune   (W + s B A) x        merged as W + s (B A ⊙ M): the function jumps where M is 0
+    masklora     (W + s B A ⊙ M) x    merged as it stands
+    scalelora    (W ⊙ B A) x          merged as it stands; at first B A = 1
+    weights      (V ⊙ M) x            V replaces W
+    scales       s0 (1 + δ) (c − z) x the scales of the grid; codes, zero-points and mask stay
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compress.state import LinearState, LowRank
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Form = Literal["fixed", "lora", "lora-prune", "masklora", "scalelora", "weights", "scales"]
+
+
+class AdaptedLinear(nn.Module):
+    """Stands for a linear, or for transformers' Conv1D, while a pass trains."""
+
+    weight: Tensor
+    kept: Tensor | None
+    steps: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, state: LinearState, bias: Tensor | None, form: Form, *, rank: int, alpha: float, seed: int
+    ) -> None:
+        """Wrap a linear.
+
+        Args:
+            state: the linear; not changed before `finish`.
+            bias: (out,) or None.
+            form: what is learned.
+            rank: of the factors.
+            alpha: s · rank.
+            seed: of the factors' first values.
+        """
+        super().__init__()
+        self.state, self.form, self.rank = state, form, rank
+        self.factor = alpha / rank
+        base = state.base()
+        self.bias = None if bias is None else nn.Parameter(bias.float().clone(), requires_grad=False)
+        self.register_buffer("weight", base, persistent=False)
+        self.register_buffer("kept", state.mask, persistent=False)
+        branch = state.low_rank
+        if branch is not None:  # at the factor 1, whatever alpha is
+            self.factor = 1.0 if form == "lora" else self.factor
+            trained = form == "lora"
+            self.up = nn.Parameter(branch.up.clone(), requires_grad=trained)
+            self.down = nn.Parameter(branch.down.clone(), requires_grad=trained)
+        self.branched = branch is not None or form == "lora"
+        out, width = base.shape
+        generator = torch.Generator().manual_seed(seed)
+        if form in ("lora", "lora-prune", "masklora") and not (form == "lora" and branch is not None):
+            A = (torch.rand(rank, width, generator=generator) * 2 - 1) / width**0.5  # (r, in); B A is 0 at first
+            self._factors(torch.zeros(out, rank), A)
+        elif form == "scalelora":
+            # Each column of A averages to 1/√r over the rank and B is constant, so B A = 1, but no two rows of A are
+            # alike: with equal rows all ranks would get the same gradient, and stay one rank.
+            noise = torch.randn(rank, width, generator=generator) * 0.1 / rank**0.5
+            A = 1 / rank**0.5 + noise - noise.mean(0)
+            self._factors(torch.full((out, rank), 1 / rank**0.5), A)
+        elif form == "weights":
+            self.free = nn.Parameter(base.clone())
+        elif form == "scales":
+            grid = state.grid
+            assert grid is not None
+            self.delta = nn.Parameter(torch.zeros_like(grid.scale, dtype=torch.float32))
+            unit = replace(grid, scale=torch.ones_like(grid.scale, dtype=torch.float32))
+            self.register_buffer("steps", unit.dequantize(torch.float32), persistent=False)
+
+    def _factors(self, B: Tensor, A: Tensor) -> None:
+        device = self.weight.device
+        self.B, self.A = nn.Parameter(B.to(device)), nn.Parameter(A.to(device))
+        if self.form == "lora":
+            self.up, self.down = self.B, self.A
+            del self.B, self.A
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the form learns."""
+        names = {"lora": ("up", "down"), "weights": ("free",), "scales": ("delta",), "fixed": ()}
+        for name in names.get(self.form, ("B", "A")):
+            yield name, getattr(self, name)
+
+    def scale(self) -> Tensor:
+        """The grid's scales (out, groups) as they are now: kept positive."""
+        assert self.state.grid is not None
+        return self.state.grid.scale.float() * (1 + self.delta).clamp_min(1e-3)
+
+    def current(self) -> Tensor:
+        """The weight beside the branch, as it is trained."""
+        if self.form in ("lora-prune", "masklora"):
+            product = self.factor * (self.B @ self.A)
+            if self.form == "masklora" and self.kept is not None:
+                product = product * self.kept
+            return self.weight + product
+        if self.form == "scalelora":
+            return self.weight * (self.B @ self.A)
+        if self.form == "weights":
+            return self.free if self.kept is None else self.free * self.kept
+        if self.form == "scales":
+            scale = self.scale()
+            rows, groups = scale.shape
+            return (self.steps.view(rows, groups, -1) * scale.unsqueeze(-1)).flatten(1)
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, (…, out)."""
+        y = nn.functional.linear(x, self.current(), self.bias)
+        if self.branched:
+            y = y + self.factor_of_branch() * nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+        return y
+
+    def factor_of_branch(self) -> float:
+        """What the branch is multiplied with: 1 for one that was there already."""
+        return self.factor if self.form == "lora" else 1.0
+
+    @torch.no_grad()
+    def finish(self) -> LinearState:
+        """The state with what was learned, settled."""
+        state = self.state
+        if self.form == "lora":
+            root = self.factor**0.5
+            state.low_rank = LowRank(self.up.detach() * root, self.down.detach() * root)
+        elif self.form == "scales":
+            assert state.grid is not None
+            scale = self.scale().to(state.grid.scale.dtype)
+            state.quantize(replace(state.grid, scale=scale))
+        elif self.form != "fixed":
+            weight = self.current().detach()
+            state.weight = weight if self.kept is None else torch.where(self.kept, weight, 0.0)
+        state.settle()
+        return state

@@ -1,0 +1,216 @@
+"""A pass over the whole model, between sweeps: the model is built with what the sweeps before made of it.
+
+`WholeModel` is what the pass gets. What it changed goes into the journal block by block, like a sweep's result, so all
+that comes later, sweeps, export, a resumed run, finds it in the same place.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.adapting import AdaptedLinear, Form
+from compress.checkpoint import Shard, lay_out, slots_of, write_shard
+from compress.errors import CompressError
+from compress.invariants import check_invariants
+from compress.memory import peak_memory
+from compress.passes.base import ModelPass
+from compress.report import BlockLine, LedgerLine
+from compress.state import LinearState, kept_of
+from compress.sweep import Sweep
+from compress.training_store import TrainingStore
+
+if TYPE_CHECKING:
+    from compress.calibration.tokens import TokenSet
+    from compress.lock import Lock
+    from compress.pipeline import Execution
+
+OUTSIDE = -1  # the "block" of parameters that belong to none
+
+
+@dataclass
+class WholeModel:
+    """The model, in memory, for a pass that needs all of it.
+
+    Attributes:
+        module: the transformers model in float32, evaluation mode, no gradients; linears in blocks are `AdaptedLinear`.
+        states: linear → state, for the linears that the pass targets.
+        tokens: the calibration set.
+        store: keeps a training's state in the journal.
+        changed: names of parameters outside linears' weights that the pass changed.
+    """
+
+    lock: Lock
+    module: nn.Module
+    states: dict[str, LinearState]
+    tokens: TokenSet
+    device: torch.device
+    store: TrainingStore
+    changed: set[str] = field(default_factory=set)
+
+    def adapt(self, form: Form, *, rank: int, alpha: float, seed: int) -> dict[str, AdaptedLinear]:
+        """Have every targeted linear learn in a form; returns them by name."""
+        made = {}
+        for number, (name, state) in enumerate(self.states.items()):
+            old = self.module.get_submodule(name)
+            made[name] = AdaptedLinear(state, _bias(old), form, rank=rank, alpha=alpha, seed=seed + number)
+            self.put(name, made[name])
+        return made
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Put a module in the place of another."""
+        parent, _, leaf = name.rpartition(".")
+        setattr(self.module.get_submodule(parent), leaf, module)
+
+    def logits(self, ids: Tensor, *, hidden: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits (rows, length, vocabulary) of token ids (rows, length), and the hidden states if wanted."""
+        output = self.module(input_ids=ids.to(self.device), use_cache=False, output_hidden_states=hidden)
+        return output.logits, output.hidden_states if hidden else ()
+
+    def dense(self) -> nn.Module:
+        """The model as it came, a second one in memory."""
+        return build(self.lock, self.device, {})
+
+
+def build(lock: Lock, device: torch.device, values: dict[str, Tensor]) -> nn.Module:
+    """The transformers model in float32 with the checkpoint's weights, or `values` by full parameter name."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(
+        lock.config, dtype=torch.float32, trust_remote_code=lock.plan.model.trust_remote_code
+    ).eval()
+    with torch.no_grad():
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        for name, stored in lock.skeleton.stored.items():
+            if name in tensors:
+                tensors[name].copy_(values[name] if name in values else lock.checkpoint.read(stored))
+    model.tie_weights()
+    module: nn.Module = model.requires_grad_(False).to(device)
+    return module
+
+
+class Barrier:
+    """One pass over the whole model within an execution; `number` is its place among the sweeps."""
+
+    def __init__(self, run: Execution, number: int) -> None:
+        """The pass is the only one of its sweep."""
+        self.run, self.number = run, number
+        self.lock, self.work, self.mode = run.lock, run.work, run.mode
+        (self.index,) = run.lock.sweeps[number]
+        one = run.lock.plan.passes[self.index]
+        assert isinstance(one, ModelPass)
+        self.one = one
+
+    def carry_out(self) -> None:
+        """Build the model, apply the pass, and commit what it made of every block."""
+        if len(self.work.entries("block", sweep=self.number)) == self.lock.blocks:
+            return
+        self.run.progress.sweep(self.number, len(self.lock.sweeps), 0, [self.one.use()])
+        before = {block: self.run.kept(self.number - 1, block) for block in range(self.lock.blocks)}
+        outside = self.run.kept_outside(self.number - 1)
+        model = self._model(before, outside)
+        mask_before = {name: state.mask for name, state in model.states.items()}
+        began = time.perf_counter()
+        try:
+            notes = self.one.apply_model(model)
+        except CompressError as problem:
+            problem.where = f"{self.one.use()}, {problem.where}" if problem.where else self.one.use()
+            raise
+        seconds = time.perf_counter() - began
+        parameters = dict(model.module.named_parameters(remove_duplicate=False))
+        changed = {name: parameters[name].detach() for name in sorted(model.changed)}
+        self._commit_outside(outside, changed)
+        for block in range(self.lock.blocks):
+            self._commit_block(block, before[block], model, changed, mask_before, notes, seconds)
+        self.work.flush()
+        model.store.forget()
+
+    def _model(self, before: dict[int, dict[str, Tensor]], outside: dict[str, Tensor]) -> WholeModel:
+        """The model as the sweeps before left it."""
+        lock, sweep = self.lock, Sweep(self.run, self.number)
+        values = {key.rpartition(":")[0]: value for key, value in outside.items()}
+        for block, kept in before.items():
+            values |= sweep.as_parameters(block, kept)
+        module = build(lock, self.mode.device, values)
+        states = {}
+        for linear in lock.linears:
+            state = sweep.state(linear, before[linear.block])
+            if self.index in dict(linear.passes):
+                states[linear.name] = state
+            elif state.low_rank is not None or linear.transposed:
+                old = module.get_submodule(linear.name)
+                fixed = AdaptedLinear(state, _bias(old), "fixed", rank=1, alpha=1.0, seed=0)
+                parent, _, leaf = linear.name.rpartition(".")
+                setattr(module.get_submodule(parent), leaf, fixed)
+        assert self.run.tokens is not None
+        return WholeModel(lock, module, states, self.run.tokens, self.mode.device, TrainingStore(self.run, self.number))
+
+    def _commit_outside(self, outside: dict[str, Tensor], changed: dict[str, Tensor]) -> None:
+        """Parameters that belong to no block, as files will hold them."""
+        kept = dict(outside)
+        for name, value in changed.items():
+            if name in self.lock.skeleton.outside:
+                stored = self.lock.checkpoint.tensors[self.lock.skeleton.stored[name]].torch_dtype
+                kept[f"{name}:parameter"] = value.to(stored).cpu()
+        if kept:
+            self._write("outside", OUTSIDE, kept, [], 0.0)
+
+    def _commit_block(
+        self,
+        block: int,
+        before: dict[str, Tensor],
+        model: WholeModel,
+        changed: dict[str, Tensor],
+        mask_before: dict[str, Tensor | None],
+        notes: dict[str, Any],
+        seconds: float,
+    ) -> None:
+        """States and parameters of one block."""
+        artifact, ledger = dict(before), []
+        share = seconds / max(1, len(model.states))
+        for linear in self.lock.in_block(block):
+            state = model.states.get(linear.name)
+            if state is None:
+                continue
+            check_invariants(linear, self.index, state, mask_before[linear.name])
+            for key in kept_of(linear.name, artifact):
+                del artifact[key]
+            artifact |= {key: value.cpu() for key, value in state.tensors().items()}
+            ledger.append(Sweep(self.run, self.number).line_of(linear, self.index, self.one, state, notes, share))
+        prefix = self.lock.skeleton.prefix(block)
+        for name, value in changed.items():
+            if name.startswith(prefix):
+                stored = self.lock.checkpoint.tensors[self.lock.skeleton.stored[name]].torch_dtype
+                artifact[f"{name}:parameter"] = value.to(stored).cpu()
+        self._write("block", block, artifact, ledger, share * len(ledger))
+
+    def _write(
+        self, kind: str, block: int, tensors: dict[str, Tensor], ledger: list[LedgerLine], seconds: float
+    ) -> None:
+        (shard,) = lay_out(slots_of(tensors), 1 << 62)
+        name = f"{kind}-{self.number}-{max(block, 0):05d}.safetensors"
+        shard = Shard(name, shard.slots)
+        checksum = write_shard(shard, self.work.directory, tensors)
+        line = BlockLine(
+            sweep=self.number, index=max(block, 0), seconds=seconds, peak_memory_bytes=peak_memory(self.mode.device)
+        )
+        entry = {
+            "kind": kind,
+            "sweep": self.number,
+            "block": block,
+            "file": name,
+            "sha256": checksum,
+            "ledger": [one.model_dump(mode="json") for one in ledger],
+            "line": line.model_dump(mode="json"),
+            "activations": None,
+        }
+        self.work.append(entry, files=(self.work.directory / name,))
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module.bias
+    return bias if isinstance(bias, torch.Tensor) else None

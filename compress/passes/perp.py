@@ -1,0 +1,226 @@
+"""PERP: retrain few parameters after pruning (Zimmer et al. 2023, arXiv 2312.15230).
+
+What may learn: `norms`, `biases`, `embeddings`, `head`, `low_rank` (in the forms of `compress.adapting`) or `weights`
+(every weight that a mask leaves). Masks stay bit for bit; on a grid only a branch beside it may learn.
+
+`mode = "end-to-end"` minimizes, over the calibration set,
+
+    L = (1 − distill) · CE(tokens) + distill · T² · KL(p_dense^T ‖ p^T) + hidden · mean_k ‖h_k − h_k^dense‖² / ‖h_k^dense‖²
+
+with p^T the softmax of logits / T (Hinton et al. 2015, arXiv 1503.02531) and h_k the outputs of the blocks. The dense
+model is a second one in memory where distill or hidden ask for it.
+
+`mode = "reconstruct"` trains block by block in a sweep, with ``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²``, x the inputs that the
+compressed blocks before it give (section 3.2 of the paper): no more than two blocks are ever in memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from compress.adapting import AdaptedLinear, Form
+from compress.passes.base import BlockPass, BlockState, Invariant, ModelPass, Note, SettingError, Statistics
+from compress.training import Training, train
+
+if TYPE_CHECKING:
+    from compress.architecture import Architecture
+    from compress.barrier import WholeModel
+
+Trained = Literal["norms", "biases", "embeddings", "head", "low_rank", "weights"]
+
+
+class PERP(Training, BlockPass, ModelPass):
+    """Retrain few parameters, on the language-model loss or towards the dense model; masks and codes stay."""
+
+    train: tuple[Trained, ...] = Field(default=("norms", "biases", "low_rank"), min_length=1, description="what may learn")
+    variant: Literal["lora", "lora-prune", "masklora", "scalelora"] = Field(
+        default="lora", description="form of low_rank: a branch that stays, or one that is merged under the mask"
+    )
+    rank: int = Field(default=8, ge=1, description="of low_rank, where there is no branch yet")
+    alpha: float | None = Field(default=None, gt=0, description="low_rank counts alpha / rank; default: 2 · rank")
+    mode: Literal["end-to-end", "reconstruct"] = Field(default="end-to-end", description="whole model, or block by block")
+    distill: float = Field(default=0.0, ge=0, le=1, description="share of the loss that compares with the dense model")
+    temperature: float = Field(default=1.0, gt=0, description="of that comparison")
+    hidden: float = Field(default=0.0, ge=0, description="weight of the comparison of hidden states")
+
+    rule: ClassVar[int] = 4
+    statistics: ClassVar[Statistics] = Statistics.NONE
+
+    # What is kept depends on the form: see `preserved`.
+    preserves: ClassVar[frozenset[Invariant]] = frozenset(
+        {Invariant.MASK, Invariant.PATTERN, Invariant.SHAPES, Invariant.TIES, Invariant.LOW_RANK, Invariant.GRID}
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> PERP:
+        if "weights" in self.train and "low_rank" in self.train:
+            raise SettingError("weights and low_rank exclude each other", 'leave one out of "train"', ("train",))
+        if self.mode == "reconstruct" and {"embeddings", "head"} & set(self.train):
+            raise SettingError("embeddings and head are in no block", 'use mode = "end-to-end"', ("mode",))
+        if self.mode == "reconstruct" and (self.distill or self.hidden):
+            problem = "distill and hidden compare whole models; reconstruct compares blocks by itself"
+            raise SettingError(problem, "leave them out", ("mode",))
+        return self
+
+    @property
+    def form(self) -> Form:
+        """What becomes of the linears."""
+        return "weights" if "weights" in self.train else self.variant if "low_rank" in self.train else "fixed"
+
+    def barrier(self) -> bool:
+        """Only end to end needs the whole model."""
+        return self.mode == "end-to-end"
+
+    def learns(self) -> bool:
+        """It does."""
+        return True
+
+    def provides(self) -> frozenset[Invariant]:
+        """A branch, when it adds one."""
+        return frozenset({Invariant.LOW_RANK}) if self.form == "lora" else frozenset()
+
+    def breaks(self) -> frozenset[Invariant]:
+        """What merging or free weights would break: a grid, and what a branch was fitted to."""
+        return frozenset() if self.form in ("lora", "fixed") else frozenset({Invariant.GRID, Invariant.LOW_RANK})
+
+    def added_rank(self) -> int | None:
+        """Of a branch that stays."""
+        return self.rank if self.form == "lora" else None
+
+    def check_shape(self, out_features: int, in_features: int) -> None:
+        """A branch of full rank would be the weight itself."""
+        most = min(out_features, in_features)
+        if "low_rank" in self.train and self.rank > most:
+            problem = f"rank {self.rank} is above {most}, the smaller side of a {out_features} × {in_features} linear"
+            raise SettingError(problem, f"rank = {most} or less, or except these linears")
+
+    def _adapted(self, modules: dict[str, AdaptedLinear], others: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name: those of the linears, and of `others` the kinds that `train` names."""
+        parameters = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.trained()}
+        return parameters | others
+
+    def _alpha(self) -> float:
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    # ------------------------------------------------------------- end to end
+
+    def apply_model(self, model: WholeModel) -> dict[str, Note]:
+        """Retrain the whole model."""
+        modules = model.adapt(self.form, rank=self.rank, alpha=self._alpha(), seed=self.seed)
+        others = self._others(model, modules)
+        parameters = self._adapted(modules, others)
+        if not parameters:
+            names = ", ".join(self.train)
+            raise SettingError(f"the model has nothing of {names} to train", 'add "low_rank" to "train"', ("train",))
+        for p in parameters.values():
+            p.requires_grad_(True)
+        if self.gradient_checkpointing:
+            model.module.gradient_checkpointing_enable()  # type: ignore[operator]
+            model.module.train()  # transformers checkpoints in training mode only; no family here has dropout on
+        teacher = model.dense() if self.distill or self.hidden else None
+        ids, mask = model.tokens.ids, model.tokens.mask
+        compare = _Comparison(self, model, teacher)
+        numbers = train(parameters, lambda chosen: compare.loss(ids[chosen], mask[chosen]), len(ids), self, model.store)
+        for p in parameters.values():
+            p.requires_grad_(False)
+        model.module.eval()
+        for module in modules.values():
+            module.finish()
+        model.changed |= set(others)
+        trained = sum(p.numel() for p in parameters.values())
+        detail = f"{trained:,} trained, loss {numbers['first']:.4f} to {numbers['best']:.4f}"
+        return {name: {"detail": detail} for name in modules}
+
+    def _others(self, model: WholeModel, modules: dict[str, AdaptedLinear]) -> dict[str, nn.Parameter]:
+        """Norms, biases, embeddings and head, by full parameter name; tied ones once."""
+        skeleton = model.lock.skeleton
+        found: dict[str, nn.Parameter] = {}
+        if "head" in self.train and skeleton.tied and "embeddings" not in self.train:
+            problem = "the head is tied to the embeddings: training it alone would part them"
+            raise SettingError(problem, 'write "embeddings" too, which trains the one tensor', ("train",))
+        seen: set[int] = set()
+        for name, p in model.module.named_parameters():
+            inner = name.rpartition(".")[0]
+            kind = "head" if name == skeleton.head else "embeddings" if name == skeleton.embedding else None
+            if inner in modules:
+                kind = "biases" if name == f"{inner}.bias" else None
+            elif kind is None and name in skeleton.stored and p.ndim == 1:
+                kind = "norms"
+            if kind in self.train and id(p) not in seen:
+                seen.add(id(p))
+                found[name] = p
+        return found
+
+    # ------------------------------------------------------------ reconstruct
+
+    def takes(self, architecture: Architecture, config: Any, targets: list[str], quantized: set[str]) -> list[str]:
+        """What the patterns name."""
+        return targets
+
+    def apply(self, block: BlockState) -> dict[str, Note]:
+        """Retrain one block towards its dense self."""
+        assert block.forward is not None
+        modules = {}
+        for number, (name, state) in enumerate(block.linears.items()):
+            bias = block.parameters.get(f"{name}.bias")
+            seed = self.seed + number
+            modules[name] = AdaptedLinear(state, bias, self.form, rank=self.rank, alpha=self._alpha(), seed=seed)
+        live = block.forward.install(modules)
+        others = {}
+        for name, p in live.items():
+            inner = name.rpartition(".")[0]
+            kind = "biases" if inner in modules else "norms" if p.ndim == 1 else None
+            if kind in self.train:
+                others[name] = p
+        parameters = self._adapted(modules, others)
+        if not parameters:
+            return {}
+        for p in parameters.values():
+            p.requires_grad_(True)
+        numbers = train(parameters, block.forward.loss, block.forward.samples, self, block.forward.store)
+        for p in parameters.values():
+            p.requires_grad_(False)
+        for module in modules.values():
+            module.finish()
+        for name, p in others.items():
+            block.parameters[name] = p.detach().clone()
+        detail = f"loss {numbers['first']:.3g} to {numbers['best']:.3g}"
+        return {name: {"detail": detail} for name in modules}
+
+
+class _Comparison:
+    """The loss of an end-to-end training."""
+
+    def __init__(self, settings: PERP, model: WholeModel, teacher: nn.Module | None) -> None:
+        self.settings, self.model, self.teacher = settings, model, teacher
+
+    def loss(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The mean over predicted real tokens of samples (rows, length)."""
+        settings, device = self.settings, self.model.device
+        logits, states = self.model.logits(ids, hidden=settings.hidden > 0)
+        targets, real = ids[:, 1:].to(device), mask[:, 1:].to(device)  # padding is on the right: a target is real or not
+        student = logits[:, :-1][real].float()
+        total = torch.zeros((), device=device)
+        if settings.distill < 1:
+            total = total + (1 - settings.distill) * nn.functional.cross_entropy(student, targets[real])
+        if self.teacher is None:
+            return total
+        with torch.no_grad():
+            dense = self.teacher(
+                input_ids=ids.to(device), use_cache=False, output_hidden_states=settings.hidden > 0
+            )
+        if settings.distill > 0:
+            T = settings.temperature
+            p = (dense.logits[:, :-1][real].float() / T).log_softmax(-1)
+            q = (student / T).log_softmax(-1)
+            total = total + settings.distill * T * T * nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+        if settings.hidden > 0:
+            whole = mask.to(device)
+            pairs = list(zip(states[1:], dense.hidden_states[1:], strict=True))
+            gaps = [(a[whole] - b[whole]).square().sum() / b[whole].square().sum() for a, b in pairs]
+            total = total + settings.hidden * torch.stack(gaps).mean()
+        return total

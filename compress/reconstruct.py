@@ -1,0 +1,52 @@
+"""One block, trained towards what its dense self makes of the same inputs."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from compress.training_store import TrainingStore
+
+if TYPE_CHECKING:
+    from compress.adapting import AdaptedLinear
+    from compress.stream import Activations
+    from compress.sweep import Sweep
+
+
+class BlockForward:
+    """Runs a copy of a block that learns, and the dense block, on the inputs of chosen samples."""
+
+    def __init__(self, sweep: Sweep, index: int, module: nn.Module, flow: Activations) -> None:
+        """`module`: the block as it is now, with weights; `flow`: its inputs."""
+        self.sweep, self.index, self.flow = sweep, index, flow
+        self.samples = sum(shape[0] for shape in flow.shapes)
+        self.store = TrainingStore(sweep.run, sweep.number, index)
+        self._learning = copy.deepcopy(module)
+        with sweep.skeleton.dense_block(index) as dense:
+            self._dense = copy.deepcopy(dense)
+        self._inputs = torch.cat([flow.get(batch, sweep.mode.device) for batch in range(len(flow.shapes))])
+
+    def install(self, modules: dict[str, AdaptedLinear]) -> dict[str, nn.Parameter]:
+        """Put adapted linears into the copy; returns its other parameters by name in the block."""
+        for name, module in modules.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(self._learning.get_submodule(parent), leaf, module)
+        self._learning.requires_grad_(False)
+        inside = {id(p) for module in modules.values() for p in (x for _, x in module.trained())}
+        return {name: p for name, p in self._learning.named_parameters() if id(p) not in inside}
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        """``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²`` over the real tokens of samples, by their indices."""
+        x = self._inputs[chosen].float()
+        tokens = self.sweep.run.tokens
+        assert tokens is not None
+        real = tokens.mask[chosen].to(x.device)
+        args, kwargs = self.sweep.skeleton.calls(*x.shape[:2])[self.index]
+        with torch.no_grad():
+            wanted = self._dense(x, *args, **kwargs)[real]
+        gap = self._learning(x, *args, **kwargs)[real] - wanted
+        loss: Tensor = gap.square().sum() / wanted.square().sum()
+        return loss

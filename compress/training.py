@@ -1,0 +1,224 @@
+"""The training loop of every pass that learns: AdamW, deterministic by step, resumable with the same bytes.
+
+What is trained is a dictionary of float32 parameters; what they mean is the pass's business. Batch s of a run is a
+function of seed and s alone, and all that a step changes, parameters, moments of AdamW and the record of the best ones,
+is what `Store` keeps, so a run that was stopped goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from pydantic import Field
+
+from compress.errors import RunError
+from compress.passes.base import SettingError
+from compress.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+
+class Training(Settings):
+    """Fields common to passes that train."""
+
+    steps: int = Field(default=200, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=8, ge=1, description="samples per forward")
+    accumulation: int = Field(default=1, ge=1, description="forwards per step")
+    learning_rate: float = Field(default=1e-3, gt=0, description="the peak")
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="fraction of the steps with a rising learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear", description="decay after the warm-up")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    clip_norm: float = Field(default=1.0, gt=0, description="largest norm of all gradients together")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: automatic mixed precision"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="run blocks again instead of keeping activations")
+    seed: int = Field(default=0, ge=0, description="order of samples, and first values of what starts at random")
+    holdout: float = Field(default=0.1, ge=0, lt=1, description="fraction of the samples to watch, not to train on")
+    evaluate_every: int = Field(default=25, ge=1, description="steps between looks at the held-out samples")
+    patience: int = Field(default=4, ge=1, description="looks without a gain after which training stops")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        rising = math.ceil(self.warmup * self.steps)
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        left = (self.steps - step) / max(1, self.steps - rising)  # 1 … 1/steps
+        if self.schedule == "cosine":
+            return self.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
+        return self.learning_rate * (left if self.schedule == "linear" else 1.0)
+
+    def split(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Indices of the samples to train on and of those held out. Raises SettingError when nothing is left."""
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(self.seed))
+        held = math.ceil(self.holdout * samples) if self.holdout else 0
+        if samples - held < 1:
+            problem = f"{samples} calibration samples leave none to train on after holdout = {self.holdout}"
+            raise SettingError(problem, "calibrate on more samples, or hold out fewer", ("holdout",))
+        return order[held:].sort().values, order[:held].sort().values
+
+    def batch(self, train: Tensor, number: int) -> Tensor:
+        """Indices of the samples of a forward, by its number in the run: shuffled anew in every epoch."""
+        size = min(self.batch_size, len(train))
+        per_epoch = len(train) // size
+        epoch, place = divmod(number, per_epoch)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed + 1 + epoch))
+        return train[order[place * size : (place + 1) * size]]
+
+
+class Store(Protocol):
+    """Keeps the state of a training between steps."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, float]] | None:
+        """What was saved last."""
+
+    def save(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        """Replace what was saved."""
+
+    def report(self, step: int, steps: int, loss: float, held_out: float | None) -> None:
+        """Show progress."""
+
+
+def train(
+    parameters: dict[str, nn.Parameter],
+    loss: Callable[[Tensor], Tensor],
+    samples: int,
+    settings: Training,
+    store: Store,
+) -> dict[str, float]:
+    """Train `parameters` in place; at the end they have the values that were best on the held-out samples.
+
+    Args:
+        parameters: float32, by name.
+        loss: the mean loss over samples, by their indices.
+        samples: how many there are.
+        settings: of the loop.
+        store: keeps the state every `evaluate_every` steps.
+
+    Returns:
+        numbers for the ledger: steps, first and best held-out loss (or training loss without held-out samples).
+
+    Raises:
+        RunError: a loss or a gradient is not finite; the last good state is kept.
+        SettingError: nothing is left to train on.
+    """
+    chosen, held = settings.split(samples)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
+    )
+    best = {name: p.detach().clone() for name, p in parameters.items()}
+    numbers = {"step": 0.0, "first": math.nan, "best": math.inf, "waited": 0.0}
+    found = store.load()
+    if found:
+        numbers = found[1]
+        _restore(parameters, optimizer, best, found[0])
+    else:
+        numbers["first"] = numbers["best"] = _held_out(loss, held, settings) if len(held) else math.inf
+    step = int(numbers["step"])
+    running = math.nan
+    while step < settings.steps and numbers["waited"] < settings.patience:
+        running = _step(parameters, optimizer, loss, chosen, settings, step)
+        step += 1
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            watched = _held_out(loss, held, settings) if len(held) else running
+            if not math.isfinite(numbers["first"]):
+                numbers["first"] = watched
+            if watched < numbers["best"] or not len(held):
+                numbers["best"], numbers["waited"] = watched, 0.0
+                for name, p in parameters.items():
+                    best[name].copy_(p.detach())
+            else:
+                numbers["waited"] += 1
+            numbers["step"] = float(step)
+            store.save(_state(parameters, optimizer, best), numbers)
+            store.report(step, settings.steps, running, watched if len(held) else None)
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(best[name])
+    return numbers
+
+
+def _step(
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    loss: Callable[[Tensor], Tensor],
+    chosen: Tensor,
+    settings: Training,
+    step: int,
+) -> float:
+    """One step of the optimizer; returns the mean loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate(step)
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for part in range(settings.accumulation):
+        indices = settings.batch(chosen, step * settings.accumulation + part)
+        with torch.enable_grad(), _precision(settings, next(iter(parameters.values())).device):
+            value = loss(indices) / settings.accumulation
+        if not bool(torch.isfinite(value)):
+            raise _not_finite(f"the loss is {value.item():g}", step, None)
+        value.backward()  # type: ignore[no-untyped-call]
+        total += float(value.detach())
+    wrong = next(
+        (n for n, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())), None
+    )
+    if wrong is not None:
+        raise _not_finite("a gradient is not finite", step, wrong)
+    torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm, foreach=False)
+    optimizer.step()
+    return total
+
+
+def _precision(settings: Training, device: torch.device) -> AbstractContextManager[object]:
+    if settings.precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _held_out(loss: Callable[[Tensor], Tensor], held: Tensor, settings: Training) -> float:
+    """The mean loss over the held-out samples."""
+    total = 0.0
+    with torch.no_grad():
+        for some in torch.split(held, settings.batch_size):
+            total += float(loss(some)) * len(some)
+    return total / len(held)
+
+
+def _state(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, best: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, p in parameters.items():
+        tensors |= {f"{name}:now": p.detach(), f"{name}:best": best[name]}
+        for key, value in optimizer.state[p].items():
+            tensors[f"{name}:{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def _restore(
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    best: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+) -> None:
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"{name}:now"])
+            best[name].copy_(tensors[f"{name}:best"])
+            kept = {"step", "exp_avg", "exp_avg_sq"}
+            optimizer.state[p] = {key: tensors[f"{name}:{key}"].clone() for key in kept if f"{name}:{key}" in tensors}
+
+
+def _not_finite(what: str, step: int, name: str | None) -> RunError:
+    where = f"step {step + 1}" + (f", {name}" if name else "")
+    return RunError(
+        f"training diverged: {what}",
+        where=where,
+        fix="lower learning_rate or clip_norm, or lengthen warmup, and start the pass over with --restart",
+    )
