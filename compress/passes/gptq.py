@@ -1,13 +1,15 @@
 """GPTQ: quantize column by column, spreading each column's error over those to come (Frantar et al. 2022, 2210.17323).
 
 With ``H_λ = X Xᵀ + λ I``, ``λ = damping · mean(diag X Xᵀ)`` and ``H_λ⁻¹ = Uᵀ U``, column i becomes ``q_i``, the nearest
-values of its groups' grids, and ``e_i = (w_i − q_i) / U_ii`` changes the columns that are still free by ``−e_i U[i, :]``
+values of its groups' grids, and ``e_i = (w_i − q_i) / U_ii`` changes the columns that are free by ``−e_i U[i, :]``
 (`column_solver`). A pruned entry becomes exactly 0, and its error, what earlier columns have spread to it, is passed on
 like any other: the mask stays, and its drift is not lost (METHODS 10.5).
 
 `order`: "natural" takes columns as they stand and finds each group's range when it is reached, from the weights of that
 moment. "activation" takes the largest diagonal entries of H first; ranges then are found beforehand, from the weights
 as they come, so that groups stay groups of neighbours and no gather index is stored ("static groups").
+
+`rescale`: with the codes found, the scales become the least-squares ones for the dense weight (`grid_search.rescaled`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pydantic import Field
 
 from compress.passes.base import LinearState, Moments, Note, QuantizingPass, Statistics
 from compress.passes.column_solver import ColumnRule, OnGrid, solve_columns
-from compress.passes.grid_search import fit_groups
+from compress.passes.grid_search import fit_groups, rescaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,7 @@ class GPTQ(QuantizingPass):
     damping: float = Field(default=0.01, gt=0, le=10, description="λ as a fraction of the mean diagonal of H")
     order: Literal["natural", "activation"] = Field(default="natural", description="in which columns are fixed")
     block_size: int = Field(default=128, ge=1, description="columns per lazy update; speed only")
+    rescale: bool = Field(default=False, description="fit the scales to the codes, by least squares")
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
 
@@ -57,6 +60,8 @@ class GPTQ(QuantizingPass):
         rules: tuple[ColumnRule, ...] = (on_grid,) if pruned is None else (_Pruned(pruned), on_grid)
         _, loss = solve_columns(weight, factor.upper, rules, block_size=self.block_size)
         linear.quantize(on_grid.grid())
+        if self.rescale and linear.grid is not None:
+            linear.quantize(rescaled(linear.dense, linear.grid, moments.gram(), linear.dtype))
         # The loss of the column loop, in the norm of H_λ and against the weight this pass began with.
         return {"damping": factor.damping, "dead_columns": int(factor.dead.sum()), "damped_loss": loss}
 

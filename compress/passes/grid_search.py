@@ -5,10 +5,19 @@ The range always includes 0, so that 0 has a code (decision D4). For the range [
 ``z = round(−a / s)``; symmetric ``s = 2 · max(−a, b) / L``, ``z = 2^(bits−1)`` (Frantar et al. 2022, arXiv 2210.17323,
 and the formats that grew from it). ``clip = "mse"`` shrinks the range by the factors of `SHRINK` and keeps, for each
 group, the one with the least ``Σ_j d_j (w_j − ŵ_j)²``; the first factor is 1, so it is never worse than min/max.
+
+Once the codes are found, `rescaled` fits the scales to them: the step of PEQA for one layer alone (Kim et al. 2023,
+arXiv 2305.14152). H is the second moment of the inputs, c_g holds the steps (codes less zero-point) of group g and 0
+elsewhere. The scales of a row minimize
+
+    (w − Σ_g s_g c_g) H (w − Σ_g s_g c_g)ᵀ,  so  A s = b  with  A_gh = c_g H c_hᵀ,  b_g = w H c_gᵀ;
+
+for one group per row ``s = (w H cᵀ) / (c H cᵀ)``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -84,6 +93,63 @@ def fit_groups(
 def grid_of(codes: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec, dtype: torch.dtype) -> Grid:
     """The grid of float codes (out, in), scales and zero-points (out, groups), in the dtypes in which they are kept."""
     return Grid(spec, scale.to(spec.scale_dtype or dtype), zero.to(torch.uint8), codes.to(torch.uint8))
+
+
+# Of the diagonal of A: above what float32 products leave of A's smallest eigenvalues, below what a scale can show.
+RIDGE = 1e-6
+SYSTEMS = 1 << 23  # entries of A in float64 that are solved at a time, 64 MiB
+LOSS = 0.9  # of a scale, at most
+
+
+def rescaled(weight: Tensor, grid: Grid, gram: Tensor, dtype: torch.dtype) -> Grid:
+    """The grid with the scales that fit its codes best; codes and zero-points stay.
+
+    With ``δ = w − ŵ`` they change by the d of ``(A + ridge · diag A) d = (c_g H δᵀ)_g``. A group without any step, or
+    with dead inputs only, keeps its scale, and groups that H cannot tell apart stay near theirs; the ridge pulls
+    towards d = 0, so the error cannot grow. Where a scale would lose more than `LOSS` of itself, or turn negative, its
+    row goes only part of the way: the error falls all along it. A row keeps its scales where the error of the weight
+    as it is stored, rounded, would not be smaller.
+
+    Args:
+        weight: (out, in) float32, what the grid stands for: the dense weight.
+        grid: of integer codes.
+        gram: (in, in) float32, H.
+        dtype: in which the weight is stored.
+
+    Returns:
+        the grid; rows whose scales changed have a smaller ``δ H δᵀ``.
+    """
+    rows, groups = grid.scale.shape
+    steps = replace(grid, scale=torch.ones_like(grid.scale, dtype=torch.float32)).dequantize(torch.float32)
+
+    def by_group(product: Tensor) -> Tensor:  # (out, in) → (out, groups): sums of product · c over each group
+        return (product * steps).view(rows, groups, -1).sum(-1, dtype=torch.float64)
+
+    difference = weight - grid.dequantize(dtype)
+    product = difference @ gram
+    before = (product * difference).sum(1, dtype=torch.float64)  # (out,)
+    slope = by_group(product)
+    systems = torch.empty(rows, groups, groups, device=weight.device)
+    width = weight.shape[1] // groups
+    for g in range(groups):
+        span = slice(g * width, (g + 1) * width)
+        systems[:, g] = by_group(steps[:, span] @ gram[span])
+    scale = torch.empty_like(grid.scale)
+    count = max(1, SYSTEMS // groups**2)
+    for start in range(0, rows, count):
+        some = slice(start, start + count)
+        A = systems[some].double()
+        diagonal = A.diagonal(dim1=1, dim2=2)  # a view
+        diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + RIDGE), 1.0))
+        change, _ = torch.linalg.solve_ex(A, slope[some])
+        now = grid.scale[some].double()
+        part_way = torch.where(change < 0, LOSS * now / -change, 1.0).amin(1, keepdim=True).clamp_max(1.0)
+        scale[some] = (now + part_way * change).to(scale.dtype)
+    usable = (torch.isfinite(scale) & (scale > 0)).all(1, keepdim=True)
+    fitted = replace(grid, scale=torch.where(usable, scale, grid.scale))
+    difference = weight - fitted.dequantize(dtype)
+    after = ((difference @ gram) * difference).sum(1, dtype=torch.float64)
+    return replace(grid, scale=torch.where((after < before).unsqueeze(1), fitted.scale, grid.scale))
 
 
 def _range(low: Tensor, high: Tensor, spec: GridSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
