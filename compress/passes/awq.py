@@ -43,7 +43,7 @@ class AWQ(BlockPass):
     points: int = Field(default=20, ge=1, le=200, description="exponents to try, from 0 to below 1")
 
     rule: ClassVar[int] = 1
-    preserves: ClassVar[frozenset[Invariant]] = frozenset(Invariant) - {Invariant.GRID}
+    preserves: ClassVar[frozenset[Invariant]] = frozenset(Invariant) - {Invariant.GRID, Invariant.LOW_RANK}
     statistics: ClassVar[Statistics] = Statistics.GRAM
 
     def takes(self, architecture: Architecture, config: Any, targets: list[str], quantized: set[str]) -> list[str]:
