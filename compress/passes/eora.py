@@ -1,9 +1,10 @@
-"""EoRA: a low-rank branch that makes up for what compression lost, in the norm of the inputs (Liu et al. 2024, 2410.21271).
+"""EoRA: a low-rank branch that makes up for what compression lost, in the norm of the inputs (arXiv 2410.21271).
 
 With ``ΔW = W − Ŵ`` (out, in) and the second moment ``H = X Xᵀ`` of what the layer really reads, the rank-r branch
 ``B A`` that minimizes ``‖(ΔW − B A) X‖_F`` is, for any ``T Tᵀ = H``, the truncated SVD of ``ΔW T = U Σ Vᵀ``:
-``B = U_r``, ``A = U_rᵀ ΔW``, and its squared error is ``Σ_{i>r} σ_i²``. So no inverse of T is needed, and a singular H (fewer
-tokens than columns) does no harm. U and σ come from whichever symmetric matrix is smaller, in float64:
+``B = U_r``, ``A = U_rᵀ ΔW``, and its squared error is ``Σ_{i>r} σ_i²`` (Liu et al. 2024). So no inverse of T is needed,
+and a singular H (fewer tokens than columns) does no harm. U and σ come from whichever symmetric matrix is smaller, in
+float64:
 
 * out ≤ in: ``ΔW H ΔWᵀ = U Σ² Uᵀ``.
 * out > in: ``H = Q Λ Qᵀ``, ``T = Q Λ^½`` with the modes below ``λ_max · in · ε`` (ε of float32) left out, and
@@ -48,7 +49,16 @@ class EoRA(LinearPass):
     @model_validator(mode="after")
     def _bits_exist(self) -> EoRA:
         if self.factor_bits not in (None, 4, 8):
-            raise SettingError(f"no grid of factors has {self.factor_bits} bits", "factor_bits is 4 or 8", ("factor_bits",))
+            problem = f"no grid of factors has {self.factor_bits} bits"
+            raise SettingError(problem, "factor_bits is 4 or 8", ("factor_bits",))
+        return self
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> EoRA:
+        for index, table in enumerate(self.where):
+            if "budget" in table.overrides():
+                problem = "budget is one for all linears together"
+                raise SettingError(problem, "write it in the [[pass]] itself", ("where", index, "budget"))
         return self
 
     def added_rank(self) -> int:
