@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -46,7 +47,7 @@ class Training(Settings):
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
-        rising = math.ceil(self.warmup * self.steps)
+        rising = _share(self.warmup, self.steps)
         if step < rising:
             return self.learning_rate * (step + 1) / rising
         left = (self.steps - step) / max(1, self.steps - rising)  # 1 … 1/steps
@@ -57,7 +58,7 @@ class Training(Settings):
     def split(self, samples: int) -> tuple[Tensor, Tensor]:
         """Indices of the samples to train on and of those held out. Raises SettingError when nothing is left."""
         order = torch.randperm(samples, generator=torch.Generator().manual_seed(self.seed))
-        held = math.ceil(self.holdout * samples) if self.holdout else 0
+        held = _share(self.holdout, samples)
         if samples - held < 1:
             problem = f"{samples} calibration samples leave none to train on after holdout = {self.holdout}"
             raise SettingError(problem, "calibrate on more samples, or hold out fewer", ("holdout",))
@@ -70,6 +71,11 @@ class Training(Settings):
         epoch, place = divmod(number, per_epoch)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed + 1 + epoch))
         return train[order[place * size : (place + 1) * size]]
+
+
+def _share(fraction: float, total: int) -> int:
+    """ceil(fraction · total), exact for the decimal that was written (0.07 of 100 is 7, not 8)."""
+    return math.ceil(Decimal(str(fraction)) * total)
 
 
 class Store(Protocol):
@@ -119,16 +125,16 @@ def train(
         numbers = found[1]
         _restore(parameters, optimizer, best, found[0])
     else:
-        numbers["first"] = numbers["best"] = _held_out(loss, held, settings) if len(held) else math.inf
+        numbers["first"] = numbers["best"] = _held_out(loss, held, settings, 0) if len(held) else math.inf
     step = int(numbers["step"])
     running = math.nan
     while step < settings.steps and numbers["waited"] < settings.patience:
         running = _step(parameters, optimizer, loss, chosen, settings, step)
+        if not math.isfinite(numbers["first"]):
+            numbers["first"] = running
         step += 1
         if step % settings.evaluate_every == 0 or step == settings.steps:
-            watched = _held_out(loss, held, settings) if len(held) else running
-            if not math.isfinite(numbers["first"]):
-                numbers["first"] = watched
+            watched = _held_out(loss, held, settings, step) if len(held) else running
             if watched < numbers["best"] or not len(held):
                 numbers["best"], numbers["waited"] = watched, 0.0
                 for name, p in parameters.items():
@@ -181,13 +187,21 @@ def _precision(settings: Training, device: torch.device) -> AbstractContextManag
     return nullcontext()
 
 
-def _held_out(loss: Callable[[Tensor], Tensor], held: Tensor, settings: Training) -> float:
-    """The mean loss over the held-out samples."""
+def _held_out(loss: Callable[[Tensor], Tensor], held: Tensor, settings: Training, step: int) -> float:
+    """The mean loss over the held-out samples, after so many steps."""
     total = 0.0
     with torch.no_grad():
         for some in torch.split(held, settings.batch_size):
             total += float(loss(some)) * len(some)
-    return total / len(held)
+    mean = total / len(held)
+    if not math.isfinite(mean) and step:
+        raise _not_finite(f"the held-out loss is {mean:g}", step - 1, None)
+    if not math.isfinite(mean):
+        raise RunError(
+            f"the held-out loss is {mean:g} before the first step",
+            fix="the model overflows on this text, or a pass before broke it; look at the ledger",
+        )
+    return mean
 
 
 def _state(
