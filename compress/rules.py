@@ -13,12 +13,13 @@ import torch
 from compress.checkpoint import DTYPES
 from compress.errors import PlanError
 from compress.export.formats import Format, known_formats
+from compress.passes.base import Invariant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from compress.lock import Linear
-    from compress.passes.base import Invariant, Pass
+    from compress.passes.base import Pass
     from compress.plan import Plan
     from compress.plan_text import Location
     from compress.state import GridSpec
@@ -81,7 +82,8 @@ def check_format(plan: Plan, linears: Iterable[Linear], form: Format) -> None:
     """Refuse a grid that the plan's format cannot hold, and name the formats that can."""
     grids: set[GridSpec] = set()
     for linear in linears:
-        if linear.grid is None:
+        _check_codes(plan, linear, form)
+        if linear.grid is None or linear.grid.kind != "int":
             continue
         grids.add(linear.grid)
         location = ("pass", max(index for index, one in linear.passes if one.grid() is not None))
@@ -101,6 +103,17 @@ def check_format(plan: Plan, linears: Iterable[Linear], form: Format) -> None:
     if reason:
         fitting = [name for name, other in known_formats().items() if not other.conflict(grids)]
         raise _unfit(plan, form, reason, ("export", 0, "format"), fitting)
+
+
+def _check_codes(plan: Plan, linear: Linear, form: Format) -> None:
+    """The codes of packed formats are integers on a grid that the lock knows."""
+    for index, one in linear.passes:
+        grid = one.grid()
+        if not form.packs or Invariant.GRID not in one.provides() or (grid is not None and grid.kind == "int"):
+            continue
+        reason = f"{one.use()} makes NormalFloat codes" if grid else f"{one.use()} chooses grids during the run"
+        fitting = [name for name, other in known_formats().items() if not other.packs]
+        raise _unfit(plan, form, f"{linear.name}: {reason}", ("pass", index), fitting)
 
 
 def _unfit(plan: Plan, form: Format, reason: str, location: Location, fitting: list[str]) -> PlanError:
