@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress.state import LinearState, LowRank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 Form = Literal["fixed", "lora", "lora-prune", "masklora", "scalelora", "weights", "scales"]
 
@@ -143,3 +143,12 @@ class AdaptedLinear(nn.Module):
             state.weight = weight if self.kept is None else torch.where(self.kept, weight, 0.0)
         state.settle()
         return state
+
+
+def kind_of(module: nn.Module, name: str, adapted: Mapping[str, AdaptedLinear]) -> Literal["norms", "biases"] | None:
+    """What a parameter of `module` is, by name: of a norm (a norm's bias, too), or the bias of an adapted linear."""
+    owner, _, leaf = name.rpartition(".")
+    if owner in adapted:
+        return "biases" if leaf == "bias" else None
+    weight = getattr(module.get_submodule(owner), "weight", None)
+    return "norms" if isinstance(weight, Tensor) and weight.ndim == 1 else None

@@ -6,19 +6,22 @@ that comes later, sweeps, export, a resumed run, finds it in the same place.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from compress.adapting import AdaptedLinear, Form
 from compress.checkpoint import Shard, lay_out, slots_of, write_shard
 from compress.errors import CompressError
 from compress.invariants import check_invariants
 from compress.memory import peak_memory
-from compress.passes.base import ModelPass
+from compress.passes.base import ModelPass, SettingError
 from compress.report import BlockLine, LedgerLine
 from compress.state import LinearState, kept_of
 from compress.sweep import Sweep
@@ -66,10 +69,36 @@ class WholeModel:
         parent, _, leaf = name.rpartition(".")
         setattr(self.module.get_submodule(parent), leaf, module)
 
-    def logits(self, ids: Tensor, *, hidden: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Logits (rows, length, vocabulary) of token ids (rows, length), and the hidden states if wanted."""
-        output = self.module(input_ids=ids.to(self.device), use_cache=False, output_hidden_states=hidden)
-        return output.logits, output.hidden_states if hidden else ()
+    def checkpoint_blocks(self) -> None:
+        """Have the blocks run again in the backward pass, instead of keeping what they computed.
+
+        Not by transformers' own switch: that works in training mode only, which turns dropout on.
+        """
+        for block in self._blocks(self.module):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+    def logits(
+        self, ids: Tensor, *, hidden: bool = False, of: nn.Module | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Logits (rows, length, vocabulary) of token ids (rows, length), and the outputs of the blocks if wanted.
+
+        Args:
+            ids: of tokens.
+            hidden: want the outputs of the blocks. transformers would give the last one after the final norm.
+            of: another model of the same make, such as the dense one.
+        """
+        module, states = of or self.module, list[Tensor]()
+        blocks = self._blocks(module) if hidden else ()
+        hooks = [block.register_forward_hook(lambda _, __, output: states.append(output)) for block in blocks]
+        try:
+            output = module(input_ids=ids.to(self.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return output.logits, tuple(states)
+
+    def _blocks(self, module: nn.Module) -> list[nn.Module]:
+        return list(module.get_submodule(self.lock.architecture.blocks).children())
 
     def dense(self) -> nn.Module:
         """The model as it came, a second one in memory."""
@@ -80,8 +109,11 @@ def build(lock: Lock, device: torch.device, values: dict[str, Tensor]) -> nn.Mod
     """The transformers model in float32 with the checkpoint's weights, or `values` by full parameter name."""
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(lock.config)  # the constructor writes its choices into it
+    if lock.skeleton.tied and not _same_head(lock):
+        config.tie_word_embeddings = False  # as transformers loads it
     model = AutoModelForCausalLM.from_config(
-        lock.config, dtype=torch.float32, trust_remote_code=lock.plan.model.trust_remote_code
+        config, dtype=torch.float32, trust_remote_code=lock.plan.model.trust_remote_code
     ).eval()
     with torch.no_grad():
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
@@ -91,6 +123,13 @@ def build(lock: Lock, device: torch.device, values: dict[str, Tensor]) -> nn.Mod
     model.tie_weights()
     module: nn.Module = model.requires_grad_(False).to(device)
     return module
+
+
+def _same_head(lock: Lock) -> bool:
+    """Whether the file of a tied model has one tensor for head and embedding, or two that are equal."""
+    skeleton = lock.skeleton
+    head, embedding = skeleton.stored[skeleton.head], skeleton.stored[skeleton.embedding]
+    return head == embedding or torch.equal(lock.checkpoint.read(head), lock.checkpoint.read(embedding))
 
 
 class Barrier:
@@ -117,15 +156,19 @@ class Barrier:
         began = time.perf_counter()
         try:
             notes = self.one.apply_model(model)
+        except SettingError as problem:
+            raise self.lock.plan.refusal(self.index, problem) from None
         except CompressError as problem:
             problem.where = f"{self.one.use()}, {problem.where}" if problem.where else self.one.use()
             raise
         seconds = time.perf_counter() - began
         parameters = dict(model.module.named_parameters(remove_duplicate=False))
-        changed = {name: parameters[name].detach() for name in sorted(model.changed)}
+        touched = {id(parameters[name]) for name in model.changed}  # a tied one goes by both of its names
+        changed = {name: p.detach() for name, p in sorted(parameters.items()) if id(p) in touched}
         self._commit_outside(outside, changed)
         for block in range(self.lock.blocks):
-            self._commit_block(block, before[block], model, changed, mask_before, notes, seconds)
+            if not self.work.entries("block", sweep=self.number, block=block):  # a killed run got so far
+                self._commit_block(block, before[block], model, changed, mask_before, notes, seconds)
         self.work.flush()
         model.store.forget()
 

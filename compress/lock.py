@@ -68,7 +68,10 @@ class Linear:
     @property
     def rank(self) -> int:
         """The rank of the branch that the passes give it, at most; 0 for none."""
-        return next((rank for _, p in self.passes if (rank := p.added_rank()) is not None), 0)
+        ranks = [rank for _, p in self.passes if (rank := p.added_rank()) is not None]
+        if any(getattr(p, "budget", None) is not None for _, p in self.passes):
+            return max(ranks, default=0)  # where the budget leaves none, a later pass may add its own
+        return next(iter(ranks), 0)
 
     @property
     def masked(self) -> bool:
@@ -220,6 +223,7 @@ def compile_plan(plan: Plan) -> Lock:
     shards = tuple(_files(plan, skeleton, linears, form))
     lock = Lock(plan, directory, checkpoint, config, skeleton, linears, sweeps, shards, form)
     _check_calibration(lock)
+    _check_passes(lock)
     _check_texts(plan)
     copied_files(directory, code=plan.model.trust_remote_code)
     return lock
@@ -291,8 +295,7 @@ def _with_block_passes(plan: Plan, skeleton: Skeleton, linears: list[Linear]) ->
             try:
                 taken = one.takes(skeleton.architecture, skeleton.config, targets, later) if targets else []
             except SettingError as error:
-                where = plan.source.where(("pass", index, *error.location))
-                raise PlanError(str(error), where=where, fix=error.fix) from None
+                raise plan.refusal(index, error) from None
             for name, n in inside.items():
                 others = {i: p for i, p in linears[n].passes if i != index}
                 mine = {index: one.for_linear(linears[n].name)} if name in taken else {}
@@ -394,6 +397,19 @@ def _check_calibration(lock: Lock) -> None:
                 where=plan.source.where((table, key)),
                 fix=f"{key} = {context} or less",
             )
+
+
+def _check_passes(lock: Lock) -> None:
+    """What passes say of the model and the calibration set, and what none of them can have."""
+    plan = lock.plan
+    for index, one in enumerate(plan.passes):
+        try:
+            if one.where and not isinstance(one, LinearPass):
+                problem = f"{one.use()} works on many linears together: it has one set of settings"
+                raise SettingError(problem, "leave where out; match and except choose the linears", ("where", 0))
+            one.check_lock(lock, index)
+        except SettingError as error:
+            raise plan.refusal(index, error) from None
 
 
 def _needs_data(one: Pass) -> bool:

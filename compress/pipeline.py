@@ -149,7 +149,8 @@ class Execution:
         if self.work.identify(self.identity, plan.canonical()):
             self.resumed = len(self.work.entries("resume")) + 1
             for sweep in range(len(self.lock.sweeps)):
-                if not all(self._intact(entry) for entry in self.work.entries("block", sweep=sweep)):
+                entries = self.work.entries("block", sweep=sweep) + self.work.entries("outside", sweep=sweep)
+                if not all(self._intact(entry) for entry in entries):
                     self.progress.say(f"  a file of sweep {sweep + 1} is damaged; the sweep starts over")
                     self.work.forget_sweep(sweep)
             self.work.append({"kind": "resume"})

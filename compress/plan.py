@@ -118,6 +118,10 @@ class Plan(Settings):
         """What relative paths are relative to: the plan file's folder, or the working directory."""
         return self.source.path.parent if self.source.path else Path()
 
+    def refusal(self, index: int, error: SettingError) -> PlanError:
+        """What a pass says of its settings, with the place in the plan."""
+        return PlanError(str(error), where=self.source.where(("pass", index, *error.location)), fix=error.fix)
+
     def resolve(self, path: str) -> Path:
         """A path of the plan as one that can be opened."""
         return Path(os.path.normpath(self.folder / Path(path).expanduser()))

@@ -24,19 +24,19 @@ class BlockForward:
         self.sweep, self.index, self.flow = sweep, index, flow
         self.samples = sum(shape[0] for shape in flow.shapes)
         self.store = TrainingStore(sweep.run, sweep.number, index)
-        self._learning = copy.deepcopy(module)
+        self.learning = _apart(module)
         with sweep.skeleton.dense_block(index) as dense:
-            self._dense = copy.deepcopy(dense)
+            self._dense = _apart(dense)
         self._inputs = torch.cat([flow.get(batch, sweep.mode.device) for batch in range(len(flow.shapes))])
 
     def install(self, modules: dict[str, AdaptedLinear]) -> dict[str, nn.Parameter]:
         """Put adapted linears into the copy; returns its other parameters by name in the block."""
         for name, module in modules.items():
             parent, _, leaf = name.rpartition(".")
-            setattr(self._learning.get_submodule(parent), leaf, module)
-        self._learning.requires_grad_(False)
+            setattr(self.learning.get_submodule(parent), leaf, module)
+        self.learning.requires_grad_(False)
         inside = {id(p) for module in modules.values() for p in (x for _, x in module.trained())}
-        return {name: p for name, p in self._learning.named_parameters() if id(p) not in inside}
+        return {name: p for name, p in self.learning.named_parameters() if id(p) not in inside}
 
     def loss(self, chosen: Tensor) -> Tensor:
         """``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²`` over the real tokens of samples, by their indices."""
@@ -47,6 +47,14 @@ class BlockForward:
         args, kwargs = self.sweep.skeleton.calls(*x.shape[:2])[self.index]
         with torch.no_grad():
             wanted = self._dense(x, *args, **kwargs)[real]
-        gap = self._learning(x, *args, **kwargs)[real] - wanted
+        gap = self.learning(x, *args, **kwargs)[real] - wanted
         loss: Tensor = gap.square().sum() / wanted.square().sum()
         return loss
+
+
+def _apart(block: nn.Module) -> nn.Module:
+    """A copy of a block in float32, without the hooks by which the walk stops it."""
+    apart = copy.deepcopy(block).float()
+    for module in apart.modules():
+        module._forward_pre_hooks.clear()
+    return apart

@@ -19,7 +19,7 @@ from compress.errors import CompressError, RunError
 from compress.invariants import check_invariants
 from compress.journal import file_checksum
 from compress.memory import peak_memory, trim
-from compress.passes.base import BlockPass, BlockState, Note, Pass
+from compress.passes.base import BlockPass, BlockState, Note, Pass, SettingError
 from compress.reconstruct import BlockForward
 from compress.report import BlockLine, LedgerLine
 from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
@@ -200,14 +200,21 @@ class Sweep:
             followers={name: _quantizer(linear, number) for name, linear in linears.items()},
             forward=BlockForward(self, index, module, flow) if one.learns() and flow else None,
         )
-        untouched = dict(block.parameters)
+        untouched, masks = dict(block.parameters), {name: state.mask for name, state in states.items()}
         began = time.perf_counter()
-        notes = one.apply(block)
+        try:
+            notes = one.apply(block)
+        except SettingError as problem:
+            raise lock.plan.refusal(number, problem) from None
+        except CompressError as problem:
+            place = f"{one.use()} on block {index}"
+            problem.where = f"{place}, {problem.where}" if problem.where else place
+            raise
         seconds = (time.perf_counter() - began) / max(1, len(linears))
         lines = []
         for name, linear in linears.items():
             state, moments = states[name], block.moments[name]
-            check_invariants(linear, number, state, state.mask)
+            check_invariants(linear, number, state, masks[name])
             error = _error(moments, state.dense - state.effective()) / max(_error(moments, state.dense), 1e-30)
             lines.append(self._line(linear, number, one, state, moments, error, error, notes.get(name, {}), seconds))
             self._keep(state, artifact)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from compress.lock import Lock
+
 
 class Training(Settings):
     """Fields common to passes that train."""
@@ -54,6 +56,11 @@ class Training(Settings):
         if self.schedule == "cosine":
             return self.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
         return self.learning_rate * (left if self.schedule == "linear" else 1.0)
+
+    def check_lock(self, lock: Lock, index: int) -> None:
+        """Some samples must be left to train on."""
+        if lock.plan.calibration is not None:
+            self.split(lock.plan.calibration.samples)
 
     def split(self, samples: int) -> tuple[Tensor, Tensor]:
         """Indices of the samples to train on and of those held out. Raises SettingError when nothing is left."""
@@ -122,7 +129,7 @@ def train(
     numbers = {"step": 0.0, "first": math.nan, "best": math.inf, "waited": 0.0}
     found = store.load()
     if found:
-        numbers = found[1]
+        numbers = dict(found[1])  # the journal's own stays
         _restore(parameters, optimizer, best, found[0])
     else:
         numbers["first"] = numbers["best"] = _held_out(loss, held, settings, 0) if len(held) else math.inf

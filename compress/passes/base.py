@@ -35,6 +35,7 @@ from compress.state import GridSpec, LinearState, Pattern
 
 if TYPE_CHECKING:
     from compress.barrier import WholeModel
+    from compress.lock import Lock
     from compress.reconstruct import BlockForward
 
 __all__ = ["BlockPass", "BlockState", "Invariant", "LinearPass", "LinearState", "Moments", "Note", "Pass", "Statistics", "Survey", "Where"]
@@ -192,6 +193,14 @@ class Pass(Settings):
 
     def check_shape(self, out_features: int, in_features: int) -> None:
         """Raise SettingError when the settings cannot apply to a linear of this shape. Called by the lock."""
+
+    def check_lock(self, lock: Lock, index: int) -> None:
+        """Raise SettingError when the settings fit neither model nor calibration set. Called by the lock.
+
+        Args:
+            lock: all but these checks is done.
+            index: of this pass in the plan.
+        """
 
 
 class LinearPass(Pass):

@@ -22,13 +22,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compress.adapting import AdaptedLinear, Form
+from compress.adapting import AdaptedLinear, Form, kind_of
 from compress.passes.base import BlockPass, BlockState, Invariant, ModelPass, Note, SettingError, Statistics
 from compress.training import Training, train
 
 if TYPE_CHECKING:
     from compress.architecture import Architecture
     from compress.barrier import WholeModel
+    from compress.lock import Lock
 
 Trained = Literal["norms", "biases", "embeddings", "head", "low_rank", "weights"]
 
@@ -64,6 +65,9 @@ class PERP(Training, BlockPass, ModelPass):
         if self.mode == "reconstruct" and (self.distill or self.hidden):
             problem = "distill and hidden compare whole models; reconstruct compares blocks by itself"
             raise SettingError(problem, "leave them out", ("mode",))
+        if self.mode == "reconstruct" and self.gradient_checkpointing:
+            problem = "gradient_checkpointing keeps the inputs of the blocks only; reconstruct has one block at a time"
+            raise SettingError(problem, "leave it out", ("gradient_checkpointing",))
         return self
 
     @property
@@ -98,6 +102,21 @@ class PERP(Training, BlockPass, ModelPass):
             problem = f"rank {self.rank} is above {most}, the smaller side of a {out_features} × {in_features} linear"
             raise SettingError(problem, f"rank = {most} or less, or except these linears")
 
+    def check_lock(self, lock: Lock, index: int) -> None:
+        """Some samples and some parameters must be there to train."""
+        super().check_lock(lock, index)
+        skeleton = lock.skeleton
+        if skeleton.tied and skeleton.stored[skeleton.head] == skeleton.stored[skeleton.embedding]:
+            self._refuse_parting()
+        targets = [linear.name for linear in lock.linears if index in dict(linear.passes)]
+        if set(self.train) == {"biases"} and not any(f"{name}.bias" in skeleton.stored for name in targets):
+            raise _nothing(self.train)  # every model has all else
+
+    def _refuse_parting(self) -> None:
+        if "head" in self.train and "embeddings" not in self.train:
+            problem = "the head is tied to the embeddings: training it alone would part them"
+            raise SettingError(problem, 'write "embeddings" too, which trains the one tensor', ("train",))
+
     def _adapted(self, modules: dict[str, AdaptedLinear], others: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name: those of the linears, and of `others` the kinds that `train` names."""
         parameters = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.trained()}
@@ -114,20 +133,17 @@ class PERP(Training, BlockPass, ModelPass):
         others = self._others(model, modules)
         parameters = self._adapted(modules, others)
         if not parameters:
-            names = ", ".join(self.train)
-            raise SettingError(f"the model has nothing of {names} to train", 'add "low_rank" to "train"', ("train",))
+            raise _nothing(self.train)
         for p in parameters.values():
             p.requires_grad_(True)
         if self.gradient_checkpointing:
-            model.module.gradient_checkpointing_enable()  # type: ignore[operator]
-            model.module.train()  # transformers checkpoints in training mode only; no family here has dropout on
+            model.checkpoint_blocks()
         teacher = model.dense() if self.distill or self.hidden else None
         ids, mask = model.tokens.ids, model.tokens.mask
         compare = _Comparison(self, model, teacher)
         numbers = train(parameters, lambda chosen: compare.loss(ids[chosen], mask[chosen]), len(ids), self, model.store)
         for p in parameters.values():
             p.requires_grad_(False)
-        model.module.eval()
         for module in modules.values():
             module.finish()
         model.changed |= set(others)
@@ -138,22 +154,15 @@ class PERP(Training, BlockPass, ModelPass):
     def _others(self, model: WholeModel, modules: dict[str, AdaptedLinear]) -> dict[str, nn.Parameter]:
         """Norms, biases, embeddings and head, by full parameter name; tied ones once."""
         skeleton = model.lock.skeleton
-        found: dict[str, nn.Parameter] = {}
-        if "head" in self.train and skeleton.tied and "embeddings" not in self.train:
-            problem = "the head is tied to the embeddings: training it alone would part them"
-            raise SettingError(problem, 'write "embeddings" too, which trains the one tensor', ("train",))
-        seen: set[int] = set()
-        for name, p in model.module.named_parameters():
-            inner = name.rpartition(".")[0]
-            kind = "head" if name == skeleton.head else "embeddings" if name == skeleton.embedding else None
-            if inner in modules:
-                kind = "biases" if name == f"{inner}.bias" else None
-            elif kind is None and name in skeleton.stored and p.ndim == 1:
-                kind = "norms"
-            if kind in self.train and id(p) not in seen:
-                seen.add(id(p))
-                found[name] = p
-        return found
+        whole = dict(model.module.named_parameters(remove_duplicate=False))
+        if whole[skeleton.head] is whole[skeleton.embedding]:
+            self._refuse_parting()
+        named = {skeleton.embedding: "embeddings", skeleton.head: "head"}
+        return {
+            name: p
+            for name, p in model.module.named_parameters()  # a tied one comes once, as the embedding
+            if (named.get(name) or kind_of(model.module, name, modules)) in self.train
+        }
 
     # ------------------------------------------------------------ reconstruct
 
@@ -170,12 +179,7 @@ class PERP(Training, BlockPass, ModelPass):
             seed = self.seed + number
             modules[name] = AdaptedLinear(state, bias, self.form, rank=self.rank, alpha=self._alpha(), seed=seed)
         live = block.forward.install(modules)
-        others = {}
-        for name, p in live.items():
-            inner = name.rpartition(".")[0]
-            kind = "biases" if inner in modules else "norms" if p.ndim == 1 else None
-            if kind in self.train:
-                others[name] = p
+        others = {name: p for name, p in live.items() if kind_of(block.forward.learning, name, modules) in self.train}
         parameters = self._adapted(modules, others)
         if not parameters:
             return {}
@@ -190,6 +194,11 @@ class PERP(Training, BlockPass, ModelPass):
             block.parameters[name] = p.detach().clone()
         detail = f"loss {numbers['first']:.3g} to {numbers['best']:.3g}"
         return {name: {"detail": detail} for name in modules}
+
+
+def _nothing(names: tuple[str, ...]) -> SettingError:
+    problem = f"the model has nothing of {', '.join(names)} to train"
+    return SettingError(problem, 'add "norms" or "low_rank" to "train"', ("train",))
 
 
 class _Comparison:
@@ -210,17 +219,15 @@ class _Comparison:
         if self.teacher is None:
             return total
         with torch.no_grad():
-            dense = self.teacher(
-                input_ids=ids.to(device), use_cache=False, output_hidden_states=settings.hidden > 0
-            )
+            dense, wanted = self.model.logits(ids, hidden=settings.hidden > 0, of=self.teacher)
         if settings.distill > 0:
             T = settings.temperature
-            p = (dense.logits[:, :-1][real].float() / T).log_softmax(-1)
+            p = (dense[:, :-1][real].float() / T).log_softmax(-1)
             q = (student / T).log_softmax(-1)
             total = total + settings.distill * T * T * nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
         if settings.hidden > 0:
             whole = mask.to(device)
-            pairs = list(zip(states[1:], dense.hidden_states[1:], strict=True))
+            pairs = zip(states, wanted, strict=True)
             gaps = [(a[whole] - b[whole]).square().sum() / b[whole].square().sum() for a, b in pairs]
             total = total + settings.hidden * torch.stack(gaps).mean()
         return total
