@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from compress.export.bitstream import pack, unpack, words
-from compress.export.formats import PackedFormat
+from compress.export.formats import PackedFormat, split_layers
 from compress.state import Grid, GridSpec
 
 if TYPE_CHECKING:
@@ -43,11 +43,15 @@ class CompressedTensors(PackedFormat):
         return "its readers do not take transposed linears (Conv1D)" if linear.transposed else None
 
     def warnings(self, lock: Lock) -> list[str]:
-        """Widths that vLLM does not take."""
+        """What fewer readers understand."""
         grids = {linear.grid for linear in lock.linears if linear.grid}
+        found = []
         odd = sorted({grid.bits for grid in grids} - {4, 8})
-        some = [f"compressed-tensors: vLLM reads 4 and 8 bits of this format, not {odd[0]}"] if odd else []
-        return some + _split_layers(lock)
+        if odd:
+            found.append(f"compressed-tensors: vLLM reads 4 and 8 bits of this format (on a CPU 4), not {odd[0]}")
+        if any(not grid.symmetric for grid in grids):
+            found.append("compressed-tensors: transformers reads asymmetric grids with dequantize=True only")
+        return found + split_layers(lock, self.name)
 
     def parts(self, out: int, width: int, spec: GridSpec) -> dict[str, tuple[str | None, tuple[int, ...]]]:
         """The tensors of a linear."""
@@ -139,15 +143,3 @@ def _targets(targets: list[str], name: str) -> bool:
     """Whether targets name a linear: the class, a name or a regular expression, as the format spells them."""
     patterns = (target.removeprefix("re:") for target in targets if target.startswith("re:"))
     return "Linear" in targets or name in targets or any(re.match(pattern, name) for pattern in patterns)
-
-
-def _split_layers(lock: Lock) -> list[str]:
-    """A warning where linears that share an input, which vLLM fuses, have different grids."""
-    subsets: dict[tuple[int, int], set[GridSpec | None]] = {}
-    for linear in lock.linears:
-        subsets.setdefault((linear.block, linear.subset), set()).add(linear.grid)
-    if any(len(grids) > 1 for grids in subsets.values()):
-        return [
-            "compressed-tensors: linears that share an input have different grids; vLLM fuses them and refuses that"
-        ]
-    return []

@@ -44,6 +44,8 @@ class Format:
 
     def warnings(self, lock: Lock) -> list[str]:
         """What a user should know of the readers of what will be written."""
+        if lock.scale_sets:
+            return [f"{self.name}: compress swap-scales needs codes; export gptq or compressed-tensors to use it"]
         return []
 
     def slots(self, linear: Linear) -> list[Slot]:
@@ -94,6 +96,10 @@ class PackedFormat(Format):
         """The tensor of this suffix."""
         raise TypeError(f"{type(self).__name__} must say how it encodes {suffix}")
 
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """Scales (out, groups) as the tensor `scales` holds them."""
+        return scale
+
     def read_spec(self, config: dict[str, Any], name: str) -> GridSpec:
         """The grid of a linear by a ``quantization_config``. Raises ValueError or KeyError for what is not read."""
         raise TypeError(f"{type(self).__name__} must say how it reads a configuration")
@@ -118,3 +124,13 @@ def known_formats() -> dict[str, Format]:
     from compress.export.gptq import GPTQFormat
 
     return {one.name: one for one in (Format(), GPTQFormat(), CompressedTensors())}
+
+
+def split_layers(lock: Lock, form: str) -> list[str]:
+    """A warning where linears that share an input, which vLLM fuses, have different grids."""
+    subsets: dict[tuple[int, int], set[GridSpec | None]] = {}
+    for linear in lock.linears:
+        subsets.setdefault((linear.block, linear.subset), set()).add(linear.grid)
+    if any(len(grids) > 1 for grids in subsets.values()):
+        return [f"{form}: linears that share an input have different grids; vLLM fuses them and refuses that"]
+    return []

@@ -15,7 +15,7 @@ import torch
 
 from compress import __version__
 from compress.export.bitstream import pack, unpack, words
-from compress.export.formats import PackedFormat
+from compress.export.formats import PackedFormat, split_layers
 from compress.state import Grid, GridSpec
 
 if TYPE_CHECKING:
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
     from compress.lock import Linear, Lock
 
+# vLLM fuses these linears and looks rules up by the fused name.
+FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel 7.6, the format's reference reader, takes
 
 
@@ -52,11 +60,17 @@ class GPTQFormat(PackedFormat):
         return "one checkpoint of it has symmetric grids or asymmetric ones, not both" if mixed else None
 
     def warnings(self, lock: Lock) -> list[str]:
-        """Settings that differ between layers are understood by fewer readers."""
+        """What fewer readers understand."""
         grids = {linear.grid for linear in lock.linears if linear.grid}
+        found = []
         if len(grids) > 1:
-            return ["gptq: linears have different grids, which GPTQModel and vLLM read and transformers does not"]
-        return []
+            found.append("gptq: linears have different grids, which transformers does not read in this format")
+        if any(not g.symmetric or g.bits not in (4, 8) or g.group_size not in (-1, 32, 64, 128) for g in grids):
+            wanted = "symmetric 4 and 8 bits (on a CPU 4), groups of 32, 64, 128 or a row"
+            found.append(f"gptq: vLLM reads only {wanted}")
+        if grids and lock.architecture.transposed:
+            found.append("gptq: GPTQModel reads transposed linears (Conv1D), transformers does not")
+        return found + split_layers(lock, self.name)
 
     def parts(self, out: int, width: int, spec: GridSpec) -> dict[str, tuple[str | None, tuple[int, ...]]]:
         """The four tensors of a linear."""
@@ -76,8 +90,12 @@ class GPTQFormat(PackedFormat):
         if suffix == "qzeros":
             return pack((grid.zero - _less(spec)).T.contiguous(), spec.bits)
         if suffix == "scales":
-            return grid.scale.T.contiguous()
+            return self.stored_scale(grid.scale)
         return torch.arange(width, dtype=torch.int32) // spec.width(width)
+
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """A row per group."""
+        return scale.T.contiguous()
 
     def decode(self, parts: Mapping[str, Tensor], spec: GridSpec) -> Grid:
         """A grid from the four tensors, whose groups must be of neighbouring columns."""
@@ -130,13 +148,20 @@ class GPTQFormat(PackedFormat):
             config["modules_in_block_to_quantize"] = [_endings(lock, held)]
         dynamic: dict[str, dict[str, Any]] = {}
         for linear in lock.linears:
-            pattern = rf"^{re.escape(linear.name)}$"
+            pattern = _rule(linear.name)
             if linear.grid is None:
                 dynamic[f"-:{pattern}"] = {}
             elif linear.grid != usual:
                 one = linear.grid
                 dynamic[f"+:{pattern}"] = {"bits": one.bits, "group_size": one.group_size, "sym": one.symmetric}
         return config | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _rule(name: str) -> str:
+    """A regular expression for a linear, by its own name and the one that vLLM gives it."""
+    parent, _, leaf = name.rpartition(".")
+    leaves = f"(?:{leaf}|{FUSED[leaf]})" if leaf in FUSED else re.escape(leaf)
+    return rf"^{re.escape(parent)}\.{leaves}$"
 
 
 def _less(spec: GridSpec) -> int:
