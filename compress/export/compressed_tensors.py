@@ -48,7 +48,7 @@ class CompressedTensors(PackedFormat):
         found = []
         odd = sorted({grid.bits for grid in grids} - {4, 8})
         if odd:
-            found.append(f"compressed-tensors: vLLM reads 4 and 8 bits of this format (on a CPU 4), not {odd[0]}")
+            found.append(f"compressed-tensors: vLLM reads 4 and 8 bits of this format, not {odd[0]} (on a CPU only 4)")
         if any(not grid.symmetric for grid in grids):
             found.append("compressed-tensors: transformers reads asymmetric grids with dequantize=True only")
         return found + split_layers(lock, self.name)
