@@ -149,8 +149,9 @@ class Barrier:
         if len(self.work.entries("block", sweep=self.number)) == self.lock.blocks:
             return
         self.run.progress.sweep(self.number, len(self.lock.sweeps), 0, [self.one.use()])
-        before = {block: self.run.kept(self.number - 1, block) for block in range(self.lock.blocks)}
-        outside = self.run.kept_outside(self.number - 1)
+        base = self.lock.begins_with(self.number)
+        before = {block: self.run.kept(base, block) for block in range(self.lock.blocks)}
+        outside = self.run.kept_outside(base)
         model = self._model(before, outside)
         mask_before = {name: state.mask for name, state in model.states.items()}
         began = time.perf_counter()

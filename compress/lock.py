@@ -21,6 +21,7 @@ from compress.errors import CompressError, ModelError, PlanError, nearest
 from compress.export.adapter import adapter_shard
 from compress.export.formats import Format, known_formats
 from compress.export.huggingface import copied_files
+from compress.export.scales import scale_shards, set_passes
 from compress.hub import config_digest, find_model, load_config
 from compress.passes.base import BlockPass, Invariant, LinearPass, ModelPass, Pass, SettingError, Statistics, matches
 from compress.rules import check_format, check_order
@@ -138,6 +139,21 @@ class Lock:
         """Whether a sweep is a pass over the whole model instead."""
         return any(self.plan.passes[index].barrier() for index in self.sweeps[sweep])
 
+    def sweep_of(self, index: int) -> int:
+        """The sweep of a pass."""
+        return next(number for number, sweep in enumerate(self.sweeps) if index in sweep)
+
+    def begins_with(self, sweep: int) -> int:
+        """The sweep whose result a sweep begins with: the one before; all that make a named set of scales share one."""
+        sets = set_passes(self.plan)
+        first = self.sweep_of(min(sets)) if sets else len(self.sweeps)
+        return min(sweep, first) - 1
+
+    @property
+    def scale_sets(self) -> dict[str, Shard]:
+        """The file of each named set of scales."""
+        return scale_shards(self.plan, self.linears)
+
     @property
     def architecture(self) -> Architecture:
         """The model's family."""
@@ -150,9 +166,9 @@ class Lock:
 
     @property
     def output_bytes(self) -> int:
-        """Exact bytes of the weights to be written, headers, index and branches included."""
+        """Exact bytes of the weights to be written: headers, index, branches and sets of scales included."""
         branches = self.adapter({linear.name: linear.rank for linear in self.linears})
-        files = [*self.shards, *([branches] if branches else [])]
+        files = [*self.shards, *([branches] if branches else []), *self.scale_sets.values()]
         return sum(shard.bytes for shard in files) + len((self.index or "").encode())
 
     def adapter(self, ranks: Mapping[str, int]) -> Shard | None:
@@ -193,6 +209,7 @@ class Lock:
             ],
             "format": self.form.name,
             "files": [{"name": shard.file, "bytes": shard.bytes, "tensors": len(shard.slots)} for shard in self.shards],
+            "scale_sets": [{"name": name, "bytes": shard.bytes} for name, shard in self.scale_sets.items()],
             "output_bytes": self.output_bytes,
         }
 

@@ -20,6 +20,7 @@ from compress.checkpoint import read_file
 from compress.errors import OutputError, PlanError, RunError
 from compress.estimate import Mode, check_disk, choose_mode
 from compress.export.huggingface import FinalTensors, export
+from compress.export.scales import verify_sets, write_sets
 from compress.export.verify import verify
 from compress.journal import Workspace, file_checksum, work_directory
 from compress.lock import Lock, compile_plan
@@ -132,8 +133,10 @@ class Execution:
         shutil.rmtree(self.work.staging, ignore_errors=True)
         self.work.staging.mkdir()
         export(self.lock, emitted_lock(self.lock, self.identity), tensors, self.work.staging)
+        write_sets(self.lock, self.kept, self.work.staging)
         self.progress.phase("verify", "verify")
-        count, size = verify(tensors, self.work.staging)
+        checked = (verify(tensors, self.work.staging), verify_sets(self.lock, self.kept, self.work.staging))
+        count, size = map(sum, zip(*checked, strict=True))
         self.progress.say(f"  {count} tensors read back, equal bit for bit")
         report = assemble(self, VerifiedInfo(tensors=count, bytes=size), tensors)
         publish_report(self, report)

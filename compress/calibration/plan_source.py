@@ -10,7 +10,7 @@ import torch
 from compress.calibration.self_generated import generate
 from compress.calibration.sources import file_digest, is_file, texts
 from compress.calibration.tokens import TokenSet, build
-from compress.errors import ModelError
+from compress.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
     from compress.lock import Lock
@@ -31,9 +31,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fix = "copy tokenizer.json and tokenizer_config.json of the model"
@@ -41,18 +39,44 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def source_digest(lock: Lock) -> str:
-    """What identifies the calibration data before it is read: a file's SHA-256, else the name of the source."""
+    """What identifies the calibration data before it is read: a file's SHA-256, else the name of the source.
+
+    Texts of their own that passes train on count, too.
+    """
     settings = lock.plan.calibration
     if settings is None or not lock.calibrated:
         return "none"
-    source = located(settings.source, lock.plan.folder)
-    return file_digest(source) if settings.source != SELF and is_file(source) else settings.source
+    sources = [settings.source, *(text for one in lock.plan.passes if (text := one.text()))]
+    places = [located(source, lock.plan.folder) for source in sources]
+    digests = [
+        file_digest(place) if source != SELF and is_file(place) else source
+        for source, place in zip(sources, places, strict=True)
+    ]
+    return " ".join(digests)
 
 
-def make_tokens(lock: Lock, device: torch.device) -> TokenSet:
-    """The calibration set of the plan. Raises PlanError when there is too little text."""
+def make_tokens(lock: Lock, device: torch.device, text: str | None = None) -> TokenSet:
+    """The calibration set of the plan, or another `text` cut in the same way.
+
+    Raises:
+        PlanError: there is too little text, or the tokenizer is not the model's.
+    """
+    tokens = _tokens(lock, device, text)
+    vocabulary = lock.skeleton.model.get_input_embeddings().num_embeddings
+    if int(tokens.ids.max()) >= vocabulary:
+        raise PlanError(
+            f"the tokenizer makes token {int(tokens.ids.max())}, but the model has {vocabulary}",
+            where=str(lock.directory),
+            fix="tokenizer and model do not belong together; copy both again",
+        )
+    return tokens
+
+
+def _tokens(lock: Lock, device: torch.device, text: str | None) -> TokenSet:
     settings = lock.plan.calibration
     assert settings is not None
+    if text is not None:
+        settings = settings.model_copy(update={"source": text, "name": None, "split": None, "column": None})
     tokenizer = load_tokenizer(lock.directory, trust_remote_code=lock.plan.model.trust_remote_code)
     if settings.source == SELF:
         return _sampled(lock, tokenizer, device)

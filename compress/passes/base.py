@@ -187,6 +187,10 @@ class Pass(Settings):
         """Whether the pass trains on the calibration set."""
         return False
 
+    def text(self) -> str | None:
+        """A text file of its own that the pass trains on instead; None for the calibration set."""
+        return None
+
     def added_rank(self) -> int | None:
         """The rank of the branch that this configured pass gives a linear, at most; None when it gives none."""
         return None
