@@ -33,6 +33,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # `main` says what becomes of the run
 )
 out = Console()
+COMMANDS = ("check", "explain", "eval", "report", "swap-scales", "schema")
 Json = Annotated[bool, Parameter(name="--json", help="print JSON")]
 
 
@@ -167,6 +168,34 @@ def report(directory: Path, /, *, as_json: Json = False) -> None:
         _print_line(f"report {directory / 'report.html'}")
 
 
+@app.command(name="swap-scales")
+def swap_scales(directory: Path, name: str | None = None, /) -> None:
+    """Put a named set of scales into the weights of an output; without a name, list the sets.
+
+    Parameters
+    ----------
+    directory
+        The output of a plan whose peqa passes have a name, in the format gptq or compressed-tensors.
+    name
+        The set. Codes stay, and so do the reports: they tell of the set that the run ended with.
+    """
+    from compress.swap_scales import ScaledOutput
+
+    output = ScaledOutput(directory)
+    if name is None:
+        active = output.active()
+        for one in output.sets:
+            _print_line(f"{one}  active" if one in active else one)
+        return
+    found = output.swap(name)
+    size = f"{found.bytes:,} bytes of scales of {found.linears} linears"
+    if not found.files:
+        _print_line(f"{directory} has the scales {name} already ({size}); nothing was written")
+        return
+    was = f", no longer {' or '.join(found.before)}" if found.before else ""
+    _print_line(f"{directory} now has the scales {name}{was}: {size}, in {', '.join(found.files)}")
+
+
 @app.command
 def schema() -> None:
     """Print the JSON Schema of a plan, for editors."""
@@ -195,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         word = next(iter(sys.argv[1:] if arguments is None else arguments), "")
-        hint = "" if Path(word).suffix else nearest(word, ["check", "explain", "eval", "report", "schema"])
+        hint = "" if Path(word).suffix else nearest(word, COMMANDS)
         errors.print(f"error: {error}{hint}", style="red", highlight=False, markup=False, soft_wrap=True)
         errors.print("fix: see compress --help", highlight=False, markup=False)
         return 2
