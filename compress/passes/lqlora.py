@@ -12,8 +12,12 @@ may, so the loop ends when the error after it no longer falls, and the best pair
 
 The grid (Dettmers et al. 2023, arXiv 2305.14314): codes are places in the table of NormalFloat values, a scale per
 `group_size` columns is their largest magnitude, and scales are codes themselves (`ScaleCodes`): of `scale_bits`, above
-the smallest scale of the matrix, with a peak per `scale_group`. Codes are chosen with the scale as it comes back. A
-matrix of n weights takes ``n (b + b₀/B₀) + b₁ ⌈n / (B₀ B₁)⌉ + 32`` bits, and its branch those of its factors.
+the smallest scale of the matrix, with a peak per `scale_group`. Codes are chosen with the scale as it comes back. With
+``clip = "mse"``, which is ours, scales are chosen for the error that the loop minimizes. A matrix of n weights takes
+``n (b + b₀/B₀) + b₁ ⌈n / (B₀ B₁)⌉ + 32`` bits, and its branch those of its factors.
+
+W is the weight as earlier passes left it, or, with ``target = "dense"``, as the model came. After a pass that only
+chose a mask, the latter lets the branch make up for what was pruned; after one that moved weights it undoes that.
 
 With `budget`, an integer program gives each matrix one of the configurations `choices_…`: the least sum of errors whose
 bits, the branches' included, are within the budget. By default 4 × 3 × 2 of them; each is tried on each matrix in a
@@ -27,15 +31,15 @@ from fractions import Fraction
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.errors import PlanError, RunError
 from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Survey
+from compress.passes.bit_budget import allocate
 from compress.passes.eora import balanced, left_singular
-from compress.state import Grid, GridSpec, LowRank, ScaleCodes
+from compress.state import Grid, GridSpec, LowRank, ScaleCodes, normal_float
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +58,10 @@ class LQLoRA(LinearPass):
     scale_group: int = Field(default=256, ge=1, description="scales per peak")
     second_dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="dtype of the peaks")
     fisher: bool = Field(default=False, description="weigh errors with the Fisher information of the dense model")
+    clip: Literal["minmax", "mse"] = Field(
+        default="minmax", description="range of a group: all weights, or least error"
+    )
+    target: Literal["current", "dense"] = Field(default="current", description="the weight that is decomposed")
     budget: float | None = Field(default=None, gt=0, description="bits per weight on average, branches included")
     choices_bits: tuple[int, ...] = Field(default=(2, 3, 4, 8), description="bits to choose from under a budget")
     choices_group: tuple[int, ...] = Field(default=(16, 32, 64), description="group sizes to choose from")
@@ -150,13 +158,15 @@ class LQLoRA(LinearPass):
         branch = self.rank * (out_features + in_features) * dtype.itemsize * 8
         return out_features * in_features * self.bits + scales * self.scale_bits + peaks + 32 + branch
 
-    def quantize(self, weight: Tensor) -> Grid:
-        """The nearest values of the grid to `weight` (out, in) float32."""
+    def quantize(self, weight: Tensor, importance: Tensor | None = None) -> Grid:
+        """The nearest values of the grid to `weight` (out, in) float32; `importance` (out, in) may weigh on scales."""
         spec = self.grid()
         assert spec is not None
         groups = weight.view(weight.shape[0], -1, self.group_size)  # (out, groups, group)
-        peaks = groups.abs().amax(-1)
-        scales = second_level(peaks, self.scale_bits, self.scale_group, _dtype(self.second_dtype))
+        exact = groups.abs().amax(-1)
+        if self.clip == "mse":
+            exact = least_error(groups, exact, spec, None if importance is None else importance.view_as(groups))
+        scales = second_level(exact, self.scale_bits, self.scale_group, _dtype(self.second_dtype))
         scale = scales.scale()
         zero = torch.full_like(scale, spec.middle, dtype=torch.uint8)
         codes = spec.code(groups, scale.unsqueeze(-1), zero.unsqueeze(-1)).flatten(1)
@@ -164,13 +174,17 @@ class LQLoRA(LinearPass):
 
     def decompose(self, linear: LinearState, start: LowRank | None = None) -> Decomposition:
         """Q and L₁ L₂ of a linear. `start`: the first of the low-rank half-steps, where it is known."""
-        mask = linear.mask
+        norm, mask = self.norm(linear), linear.mask
 
         def quantize(weight: Tensor) -> Grid:
-            return self.quantize(weight if mask is None else torch.where(mask, weight, 0.0))
+            return self.quantize(weight if mask is None else torch.where(mask, weight, 0.0), norm.fisher)
 
-        norm = self.norm(linear)
-        return decompose(linear.effective(), quantize, self.rank, norm, iterations=self.iterations, start=start)
+        W = self.goal(linear)
+        return decompose(W, quantize, self.rank, norm, iterations=self.iterations, start=start)
+
+    def goal(self, linear: LinearState) -> Tensor:
+        """W (out, in)."""
+        return linear.dense if self.target == "dense" else linear.effective()
 
     def norm(self, linear: LinearState) -> Norm:
         """The norm in which a linear's error is measured. Raises RunError without the Fisher information it needs."""
@@ -214,7 +228,7 @@ class LQLoRA(LinearPass):
         _check_budget(self.budget, costs, weights)  # before hours of work
         errors = []
         for linear, some in zip(linears(), fitting, strict=True):
-            starts = {r: low_rank(linear.effective(), r, self.norm(linear)) for r in {trials[n].rank for n in some}}
+            starts = {r: low_rank(self.goal(linear), r, self.norm(linear)) for r in {trials[n].rank for n in some}}
             errors.append([trials[n].decompose(linear, starts[trials[n].rank]).error for n in some])
         chosen = allocate(errors, costs, math.floor(Fraction(str(self.budget)) * weights))
         return {
@@ -345,6 +359,39 @@ def _subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return basis @ left.to(basis), left.to(basis).T @ inside
 
 
+# Ranges that clip = "mse" begins with, as parts of the largest magnitude. With a least-squares step after each they do
+# what the 36 of `grid_search` do without (docs/lab-log.md).
+SHRINK = (1.0, 0.8, 0.6)
+
+
+def least_error(groups: Tensor, largest: Tensor, spec: GridSpec, importance: Tensor | None) -> Tensor:
+    """Scales (out, groups) that leave little ``Σ F (w − ŵ)²`` in each group, never more than the largest magnitude.
+
+    For given codes of values v the best scale is ``Σ F w v / Σ F v²``; the codes are found for a few ranges.
+
+    Args:
+        groups: (out, groups, columns) the weights.
+        largest: (out, groups) their largest magnitudes.
+        spec: the grid.
+        importance: like `groups`, F; None weighs all alike.
+    """
+    table, none = normal_float(spec.bits).to(groups.device), groups.new_zeros(())
+    best, least = largest.clone(), torch.full_like(largest, torch.inf)
+    F = torch.ones_like(none) if importance is None else importance
+    for factor in SHRINK:
+        scale = factor * largest
+        for step in range(2):
+            divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+            values = table[spec.code(groups, divisor, none).long()]
+            error = (values * divisor).sub_(groups).square_().mul_(F).sum(-1)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+            if step == 0:
+                weighted = F * values
+                fitted = (weighted * groups).sum(-1) / (weighted * values).sum(-1)
+                scale = torch.where((fitted > 0) & torch.isfinite(fitted), fitted, scale)
+    return best
+
+
 def second_level(scales: Tensor, bits: int, group: int, dtype: torch.dtype) -> ScaleCodes:
     """Scales (out, groups) as codes above the smallest of them, with a peak in `dtype` per `group` of scales.
 
@@ -361,9 +408,6 @@ def second_level(scales: Tensor, bits: int, group: int, dtype: torch.dtype) -> S
     return ScaleCodes(bits, group, codes.flatten()[: len(flat)].view_as(scales).to(torch.uint8), peaks, offset)
 
 
-# ---------------------------------------------------------------- the integer program
-
-
 def _check_budget(budget: float, costs: list[list[int]], weights: int) -> None:
     """Raise PlanError when even the cheapest configurations are too many bits."""
     least = sum(map(min, costs))
@@ -374,50 +418,3 @@ def _check_budget(budget: float, costs: list[list[int]], weights: int) -> None:
             where="lqlora",
             fix=f"budget = {smallest} or more, a lower rank, or smaller choices_…",
         )
-
-
-# Branch and bound ends after so many nodes with the best found by then: a number of nodes, not of seconds, so that the
-# same plan gives the same bytes.
-NODES = 100_000
-GAP = 1e-4  # of the optimum; errors of a survey are not that exact
-SHARPNESS = 1e3  # the largest difference of errors as the solver sees it, which resolves 1e-6
-TRIES = 10
-
-
-def allocate(errors: list[list[float]], costs: list[list[int]], limit: int) -> list[int]:
-    """One configuration of each matrix: the least sum of errors with ``Σ costs ≤ limit``, which must be feasible.
-
-    Args:
-        errors: of each matrix, by configuration.
-        costs: their bits.
-        limit: of all matrices together.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    sizes = [len(row) for row in errors]
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = (owner == np.arange(len(sizes))[:, None]).astype(float)  # (matrices, variables)
-    # The solver's tolerances are absolute, so both are in units of what matters, above the least of each matrix.
-    room = limit - sum(map(min, costs))
-    extra = np.concatenate([np.array([cost - min(row) for cost in row], dtype=float) for row in costs])
-    worse = np.concatenate([np.array(row) - min(row) for row in errors])
-    worse *= SHARPNESS / (worse.max() or 1.0)
-    affordable = (extra <= room).astype(float)
-    extra *= affordable / max(room, 1)
-    allowed = 1.0
-    for _ in range(TRIES):
-        result = milp(
-            worse,
-            integrality=np.ones(len(worse)),
-            bounds=Bounds(0, affordable),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(extra[None], -np.inf, allowed)],
-            options={"mip_rel_gap": GAP, "node_limit": NODES},
-        )
-        if result.x is None:
-            break
-        chosen = [int(part.argmax()) for part in np.split(result.x, np.cumsum(sizes)[:-1])]
-        excess = sum(row[place] for row, place in zip(costs, chosen, strict=True)) - limit
-        if excess <= 0:
-            return chosen
-        allowed -= excess / max(room, 1)  # within the solver's tolerance is not within the budget
-    raise RunError(f"the integer program was not solved: {result.message}", fix="give fewer choices_…")

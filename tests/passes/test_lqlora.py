@@ -20,7 +20,8 @@ from compress.export.reader import open_model
 from compress.invariants import check_invariants
 from compress.passes import RTN, LinearState, Magnitude, Wanda
 from compress.passes.base import Invariant
-from compress.passes.lqlora import EXACT, LQLoRA, Norm, allocate, decompose, low_rank, second_level
+from compress.passes.bit_budget import allocate
+from compress.passes.lqlora import EXACT, LQLoRA, Norm, decompose, least_error, low_rank, second_level
 from compress.state import Grid, LowRank, normal_float
 from tests.passes import NOTHING, draw, state_of
 
@@ -141,6 +142,51 @@ def test_a_group_is_exact_at_its_largest_magnitude_where_its_scale_is(bits: int)
     grid = LQLoRA(bits=bits, group_size=4, rank=0).quantize(weight)  # two scales, both ends of the second level
     assert grid.scale.flatten().tolist() == [2.0, 1.0]
     assert grid.dequantize(torch.float32)[:, 2].tolist() == [2.0, 1.0]
+
+
+@every_width
+@pytest.mark.parametrize("with_importance", [False, True])
+def test_a_scale_of_least_error_is_the_best_of_three_ranges_and_of_their_refits(
+    bits: int, with_importance: bool
+) -> None:
+    weight = heavy(6, 64, seed=bits + 20)
+    weight[1, :16] = 0.0
+    F = importance(6, 64, seed=3) if with_importance else torch.ones(6, 64)
+    F[2, :16] = 0.0
+    spec = LQLoRA(bits=bits, group_size=16).grid()
+    assert spec is not None
+    groups, weights = weight.view(6, 4, 16), F.view(6, 4, 16).double()
+    largest = groups.abs().amax(-1)
+    found = least_error(groups, largest, spec, F.view(6, 4, 16) if with_importance else None)
+    table = normal_float(bits).double()
+
+    def error(scales: Tensor) -> Tensor:
+        """(out, groups) with the nearest value of every weight."""
+        steps = scales.double().unsqueeze(-1) * table  # (out, groups, values)
+        return ((groups.double().unsqueeze(-1) - steps.unsqueeze(2)).square().amin(-1) * weights).sum(-1)
+
+    ours, candidates = error(found), []
+    for part in (1.0, 0.8, 0.6):
+        steps = part * largest.double().unsqueeze(-1) * table
+        values = table[(groups.double().unsqueeze(-1) - steps.unsqueeze(2)).abs().argmin(-1)]
+        refit = (weights * values * groups).sum(-1) / (weights * values**2).sum(-1)
+        candidates += [error(part * largest), error(torch.where(refit > 0, refit, largest))]
+    assert (ours <= candidates[0] * (1 + 1e-5)).all()  # the largest magnitude
+    torch.testing.assert_close(ours, torch.stack(candidates).amin(0), rtol=1e-2, atol=1e-9)
+    assert ours.sum() < candidates[0].sum()
+    assert (found[largest > 0] > 0).all()
+    assert found[1, 0] == 0  # no weight, no scale
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_scales_of_least_error_pay_in_the_norm_that_they_see(bits: int) -> None:
+    weight, fisher = heavy(32, 64, seed=18), importance(32, 64, seed=18)
+    for F in (None, fisher):
+        plain, clipped = (
+            LQLoRA(bits=bits, group_size=32, rank=4, clip=clip, fisher=F is not None).decompose(informed(weight, F))
+            for clip in ("minmax", "mse")
+        )
+        assert clipped.error < 0.95 * plain.error
 
 
 # ---------------------------------------------------------------- scales of scales
@@ -443,6 +489,21 @@ def test_at_full_rank_a_masked_layer_is_met_exactly_too() -> None:
     torch.testing.assert_close(state.effective(), target, rtol=0, atol=1e-5)
 
 
+def test_the_dense_weight_can_be_the_target_so_that_the_branch_makes_up_for_what_was_pruned() -> None:
+    state = state_of(heavy(16, 32, seed=19))
+    Magnitude(pattern="2:4").apply(state, NOTHING)
+    pruned, left = ~state.mask, {}  # type: ignore[operator]
+    for target in ("current", "dense"):
+        one = replace(state, mask=state.mask)
+        apply(one, bits=4, group_size=16, rank=6, target=target)
+        assert (one.weight[pruned] == 0).all()
+        left[target] = weighted(one.dense - one.effective())
+    assert left["dense"] < 0.9 * left["current"]
+    exact = replace(state, mask=state.mask)
+    apply(exact, bits=2, group_size=16, rank=16, target="dense")
+    torch.testing.assert_close(exact.effective(), state.dense, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("second_dtype", ["float32", "bfloat16"])
 def test_the_journal_keeps_the_codes_of_both_levels(masked: bool, second_dtype: Any) -> None:
@@ -640,7 +701,19 @@ def test_shapes_that_do_not_fit_are_refused_with_what_fits() -> None:
 
 def test_the_lock_shows_what_counts() -> None:
     assert set(LQLoRA().settings()) == {
-        *("bits", "group_size", "rank", "iterations", "scale_bits", "scale_group", "second_dtype", "fisher", "budget")
+        *(
+            "bits",
+            "group_size",
+            "rank",
+            "iterations",
+            "scale_bits",
+            "scale_group",
+            "second_dtype",
+            "fisher",
+            "clip",
+            "target",
+            "budget",
+        )
     }
     budgeted = LQLoRA(budget=3)
     assert not {"bits", "group_size", "scale_bits"} & set(budgeted.settings())
