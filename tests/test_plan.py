@@ -44,7 +44,12 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "unknown table": (PLAN + "[zzz]\n", "14: zzz", 'unknown key "zzz"', "model, calibration"),
     "misspelt key": (but("samples", "smaples"), "5: calibration.smaples", 'did you mean "samples"?', "seed"),
     "unknown key": (but("samples", "xyzzy"), "5: calibration.xyzzy", 'unknown key "xyzzy"', "samples"),
-    "misspelt pass": (but("wanda", "wonda"), "12: pass[0].use", 'did you mean "wanda"?', "gptq, magnitude, rtn, sparsegpt, wanda"),
+    "misspelt pass": (
+        but("wanda", "wonda"),
+        "12: pass[0].use",
+        'did you mean "wanda"?',
+        "rtn, sparsegpt, wanda",
+    ),
     "unknown pass": (but("wanda", "quantum"), "12: pass[0].use", 'unknown pass "quantum"', "my_module:MyPass"),
     "pass without use": (but('use = "wanda"\n', ""), "11: pass[0].use", '"use"', "magnitude"),
     "use is a number": (but('"wanda"', "3"), "12: pass[0].use", '"use"', "magnitude"),
