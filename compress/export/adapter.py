@@ -8,6 +8,7 @@ base that the directory holds. It is not merged: that would fill what was pruned
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import Checkpoint, Shard, Slot, read_json
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     from compress.lock import Linear, Lock
 
 FOLDER = "adapter"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ABSENT = object()
+UP, DOWN = ".lora_B.weight", ".lora_A.weight"
 
 
 def adapter_shard(linears: Mapping[str, tuple[Linear, int]]) -> Shard | None:
@@ -30,75 +35,107 @@ def adapter_shard(linears: Mapping[str, tuple[Linear, int]]) -> Shard | None:
     slots = []
     for name, (linear, rank) in linears.items():
         if rank:
-            slots.append(Slot(f"{PREFIX}{name}.lora_A.weight", linear.dtype, (rank, linear.in_features)))
-            slots.append(Slot(f"{PREFIX}{name}.lora_B.weight", linear.dtype, (linear.out_features, rank)))
-    return Shard("adapter_model.safetensors", tuple(slots)) if slots else None
+            slots.append(Slot(f"{PREFIX}{name}{DOWN}", linear.dtype, (rank, linear.in_features)))
+            slots.append(Slot(f"{PREFIX}{name}{UP}", linear.dtype, (linear.out_features, rank)))
+    return Shard(WEIGHTS, tuple(slots)) if slots else None
 
 
 def write_config(lock: Lock, ranks: Mapping[str, int], directory: Path, base: str) -> None:
     """Write ``adapter_config.json`` for branches of these ranks by linear; those of rank 0 have none."""
+    config = {"base_model_name_or_path": base} | _config(ranks, transposed=bool(lock.architecture.transposed))
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(ranks: Mapping[str, int], *, transposed: bool) -> dict[str, Any]:
+    """The configuration of branches of these ranks, all but the name of the base."""
     present = {name: rank for name, rank in ranks.items() if rank}
-    usual = max(set(present.values()), key=list(present.values()).count)
+    counts = Counter(present.values())
+    usual = max(counts, key=lambda rank: (counts[rank], rank))
     others = {name: rank for name, rank in present.items() if rank != usual}
-    config: dict[str, Any] = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": sorted(present),
-        "fan_in_fan_out": bool(lock.architecture.transposed),
+        "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
         "use_rslora": False,
         "use_dora": False,
     }
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class Branches:
     """The branches of an adapter folder, by the module name of their linear."""
 
-    def __init__(self, directory: Path) -> None:
-        """Read the headers. Raises ModelError for what is not an adapter of ours."""
+    def __init__(self, directory: Path, *, transposed: bool) -> None:
+        """Read the headers, and check that they and the configuration belong together.
+
+        Args:
+            directory: the folder.
+            transposed: whether the base stores linears as (in, out), which the configuration must say, too.
+
+        Raises:
+            ModelError: it is not an adapter of ours, or damaged.
+        """
         self.directory = directory
-        config = read_json(directory / "adapter_config.json")
-        plain = config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("use_rslora")
-        alphas = {**dict.fromkeys(config.get("target_modules") or (), config.get("lora_alpha"))}
-        ranks = {**dict.fromkeys(config.get("target_modules") or (), config.get("r"))}
-        alphas |= config.get("alpha_pattern") or {}
-        ranks |= config.get("rank_pattern") or {}
-        if not plain or alphas != ranks:
-            raise ModelError(
-                "is not a plain LoRA with alpha = r, as compress writes it",
-                where=str(directory / "adapter_config.json"),
-                fix="give an output of compress",
-            )
+        found = read_json(directory / CONFIG)
         self._file = AdapterFile(directory)
-
-    def names(self) -> list[str]:
-        """Linears that have a branch."""
-        ending = ".lora_A.weight"
-        return [name.removeprefix(PREFIX).removesuffix(ending) for name in self._file.tensors if name.endswith(ending)]
-
-    def product(self, name: str, shape: tuple[int, int]) -> Tensor:
-        """Up · down (out, in) float32 of a linear of this shape. Raises ModelError when it does not fit."""
-        down = self._file.read(f"{PREFIX}{name}.lora_A.weight").float()
-        up = self._file.read(f"{PREFIX}{name}.lora_B.weight").float()
-        if (up.shape[0], down.shape[1]) != shape or up.shape[1] != down.shape[0]:
+        self.shapes = self._read_shapes()
+        ranks = {name: self._file.tensors[f"{PREFIX}{name}{DOWN}"].shape[0] for name in self.shapes}
+        wanted = _config(ranks, transposed=transposed)
+        found.pop("base_model_name_or_path", None)
+        every = sorted(wanted.keys() | found.keys())
+        wrong = [key for key in every if found.get(key, ABSENT) != wanted.get(key, ABSENT)]
+        if wrong:
             raise ModelError(
-                f"the branch of {name} does not fit a linear of {shape[0]} × {shape[1]}",
-                where=str(self.directory),
-                fix="copy the whole output again",
+                f"is not the plain LoRA with alpha = r that compress writes for these tensors: {', '.join(wrong)}",
+                where=str(directory / CONFIG),
+                fix="give an output of compress, and copy all of it",
             )
+
+    def _read_shapes(self) -> dict[str, tuple[int, int]]:
+        """The (out, in) of each branch. Raises ModelError for tensors that are not pairs of matrices."""
+        tensors = self._file.tensors
+        shapes = {}
+        for name in [name.removesuffix(end) for name in tensors for end in (DOWN, UP) if name.endswith(end)]:
+            pair = tensors.get(name + UP), tensors.get(name + DOWN)
+            module = name.removeprefix(PREFIX)
+            for info, end in zip(pair, (UP, DOWN), strict=True):
+                if info is None:
+                    raise self._damaged(f"{module}{end} is missing")
+                if len(info.shape) != 2 or not info.torch_dtype.is_floating_point:
+                    raise self._damaged(f"{module}{end} is {info.dtype} {list(info.shape)}, not a matrix of numbers")
+            up, down = (info.shape for info in pair if info is not None)
+            if up[1] != down[0] or not up[1]:
+                raise self._damaged(f"the branch of {module} is {list(up)} times {list(down)}")
+            shapes[module] = up[0], down[1]
+        names = {f"{PREFIX}{module}{end}" for module in shapes for end in (UP, DOWN)}
+        odd = sorted(tensors.keys() ^ names)
+        if odd or not shapes:
+            raise self._damaged(f"{odd[0] if odd else 'nothing'} is not of a branch")
+        return shapes
+
+    def product(self, name: str) -> Tensor:
+        """Up · down (out, in) float32 of a linear."""
+        up, down = (self._file.read(f"{PREFIX}{name}{end}").float() for end in (UP, DOWN))
         return up @ down
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """The weight of a linear must have the shape of its branch. Raises ModelError."""
+        if self.shapes[name] != shape:
+            raise self._damaged(f"the branch of {name} is for {list(self.shapes[name])}, the model has {list(shape)}")
+
+    def _damaged(self, problem: str) -> ModelError:
+        return ModelError(problem, where=str(self.directory), fix="copy the whole output again")
 
 
 class AdapterFile(Checkpoint):
     """The tensors of an adapter folder."""
 
-    single = "adapter_model.safetensors"
-    index = "adapter_model.safetensors.index.json"
+    single = WEIGHTS
+    index = f"{WEIGHTS}.index.json"

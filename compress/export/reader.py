@@ -15,8 +15,8 @@ import torch
 from compress.architecture import architecture_for
 from compress.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_json, read_tensor
 from compress.errors import ModelError
+from compress.export.adapter import CONFIG, WEIGHTS, Branches
 from compress.export.adapter import FOLDER as ADAPTER
-from compress.export.adapter import Branches
 from compress.export.formats import PackedFormat, known_formats
 from compress.hub import load_config
 
@@ -41,8 +41,9 @@ def open_model(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any
         del config.quantization_config  # the skeleton is a plain model
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
         checkpoint = DecodedCheckpoint(directory, quantization, architecture, dtype)
-    if (directory / ADAPTER / "adapter_config.json").is_file():
-        checkpoint = BranchedCheckpoint(checkpoint, Branches(directory / ADAPTER), architecture)
+    if any((directory / ADAPTER / name).is_file() for name in (CONFIG, WEIGHTS)):
+        branches = Branches(directory / ADAPTER, transposed=bool(architecture.transposed))
+        checkpoint = BranchedCheckpoint(checkpoint, branches, architecture)
     return config, checkpoint
 
 
@@ -153,7 +154,7 @@ class BranchedCheckpoint(Checkpoint):
         self.tensors, self.sizes = dict(base.tensors), base.sizes
         modules = {architecture.parameter_name(name).removesuffix(".weight"): name for name in base.tensors}
         self._branched: dict[str, tuple[str, bool]] = {}
-        for module in branches.names():
+        for module in branches.shapes:
             if module not in modules:
                 raise ModelError(
                     f"the adapter has a branch for {module}, which the model lacks",
@@ -162,6 +163,8 @@ class BranchedCheckpoint(Checkpoint):
                 )
             name = modules[module]
             transposed = module.endswith(tuple(f".{linear}" for linear in architecture.transposed))
+            shape = base.tensors[name].shape
+            branches.check(module, shape[::-1] if transposed else shape)
             self._branched[name] = (module, transposed)
             self.tensors[name] = replace(base.tensors[name], dtype="F32")
 
@@ -171,8 +174,7 @@ class BranchedCheckpoint(Checkpoint):
         if name not in self._branched:
             return weight
         module, transposed = self._branched[name]
-        rows, columns = weight.shape[::-1] if transposed else weight.shape
-        product = self.branches.product(module, (rows, columns))
+        product = self.branches.product(module)
         return weight.float() + (product.T if transposed else product)
 
 
