@@ -136,8 +136,9 @@ class AdaptedLinear(nn.Module):
             state.low_rank = LowRank(self.up.detach() * root, self.down.detach() * root)
         elif self.form == "scales":
             assert state.grid is not None
-            scale = self.scale().to(state.grid.scale.dtype)
-            state.quantize(replace(state.grid, scale=scale))
+            old, scale = state.grid.scale, self.scale().to(state.grid.scale.dtype)
+            held = (scale > 0) & torch.isfinite(scale)  # of the smallest and largest, float16 holds no other
+            state.quantize(replace(state.grid, scale=torch.where(held, scale, old)))
         elif self.form != "fixed":
             weight = self.current().detach()
             state.weight = weight if self.kept is None else torch.where(self.kept, weight, 0.0)

@@ -261,6 +261,19 @@ def test_finish_is_the_forward_of_rounded_scales() -> None:
     assert (state.effective()[~mask].view(torch.int32) == 0).all()
 
 
+def test_scales_that_float16_cannot_hold_stay() -> None:
+    """The smallest one halved is 0 there, the largest one doubled infinity."""
+    state = quantized(draw(2, COLUMNS, seed=17), bits=3, group_size=-1, scale_dtype="float16")
+    assert state.grid is not None
+    ends = torch.tensor([[2**-24], [65504.0]], dtype=torch.float16)
+    state.quantize(replace(state.grid, scale=ends))
+    module = adapted(state)
+    with torch.no_grad():
+        module.delta.copy_(torch.tensor([[-0.6], [1.0]]))
+    module.finish()
+    assert torch.equal(state.grid.scale, ends)
+
+
 # ----------------------------------------------------------------------- runs
 
 
