@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress import barrier
+from compress import barrier, pipeline
 from compress.calibration.tokens import TokenSet
+from compress.journal import Workspace
 from compress.lock import compile_plan
 from compress.passes import GPTQ, PERP, EoRA, SparseGPT, Wanda, Where, perp
 from compress.plan import load_plan
@@ -615,6 +617,64 @@ def test_a_quantizer_shares_the_sweep_of_a_reconstruction(
             assert torch.allclose(found[name], weight, atol=0.02 * float(weight.abs().max())), name  # 8 bits
             assert not found[name][weight == 0].any()
     assert all(last < first for first, last in watch.losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_blocks_that_compute_in_half_precision_are_trained_in_float32(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: Watch
+) -> None:
+    """As on a GPU, where a sweep computes in the checkpoint's dtype."""
+    choose = pipeline.choose_mode
+    monkeypatch.setattr(pipeline, "choose_mode", lambda lock: replace(choose(lock), dtype=dtype))
+    tiny_directory(tmp_path / "model", "llama", blocks=2, dtype=dtype)
+    one = PERP(mode="reconstruct", train=("norms", "low_rank"), **(SHORT | {"learning_rate": 1e-4}))
+    original = perp.train
+    dtypes: set[torch.dtype] = set()
+
+    def look(parameters: dict[str, nn.Parameter], *more: Any) -> Any:
+        dtypes.update(p.dtype for p in parameters.values())
+        return original(parameters, *more)
+
+    monkeypatch.setattr(perp, "train", look)
+    compress.run(plan_of(tmp_path, tmp_path / "out", Wanda(pattern="2:4"), one))
+    assert dtypes == {torch.float32}
+    assert all(last < first for first, last in watch.losses)  # steps so small that half precision would lose them
+
+
+class Interrupted(BaseException):
+    pass
+
+
+# What the journal of a run of two blocks holds: wanda's sweep, then for each block two looks and its result.
+LINES = ["begin", "threads", "calibration", "block", "block", *["training", "training", "block"] * 2]
+
+
+@pytest.mark.parametrize("lines", [6, 7, 9, 10])
+def test_a_stopped_reconstruction_goes_on_with_the_same_bytes(
+    lines: int, sources: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the training of a block, and between its end and the journal."""
+    one = PERP(mode="reconstruct", variant="masklora", **(SHORT | {"steps": 4, "evaluate_every": 2, "holdout": 0.25}))
+    steps = [Wanda(pattern="2:4"), one, GPTQ(bits=4, group_size=16)]
+    compress.run(plan_of(sources("llama"), tmp_path / "whole", *steps))
+    plan = plan_of(sources("llama"), tmp_path / "out", *steps)
+    original, kinds = Workspace._commit, list[str]()
+
+    def commit(self: Workspace, entry: dict[str, Any], *more: Any) -> None:
+        if len(kinds) == lines:
+            raise Interrupted
+        original(self, entry, *more)
+        kinds.append(entry["kind"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "_commit", commit)
+        with pytest.raises(Interrupted):
+            compress.run(plan)
+    assert kinds == LINES[:lines]
+    assert not (tmp_path / "out").exists()
+    assert compress.run(plan).resumed == 1
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1]
 
 
 # ---------------------------------------------------------------- with other passes
