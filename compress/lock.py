@@ -9,30 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.architecture import architecture_for
-from compress.calibration.plan_source import SELF, located
-from compress.calibration.sources import is_file
 from compress.checkpoint import MASKS, Checkpoint, Shard, Slot, index_text, lay_out
-from compress.errors import CompressError, ModelError, PlanError, nearest
+from compress.errors import CompressError, ModelError, PlanError
 from compress.export.adapter import adapter_shard
 from compress.export.formats import Format, known_formats
 from compress.export.huggingface import copied_files
 from compress.export.scales import scale_shards, set_passes
 from compress.hub import config_digest, find_model, load_config
 from compress.passes.base import BlockPass, Invariant, LinearPass, ModelPass, Pass, SettingError, Statistics, matches
-from compress.rules import check_format, check_order
+from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
 from compress.stream import Skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from compress.architecture import Architecture
     from compress.plan import Plan
-    from compress.plan_text import Source
     from compress.state import GridSpec
 
 
@@ -239,9 +236,9 @@ def compile_plan(plan: Plan) -> Lock:
     check_format(plan, linears, form)
     shards = tuple(_files(plan, skeleton, linears, form))
     lock = Lock(plan, directory, checkpoint, config, skeleton, linears, sweeps, shards, form)
-    _check_calibration(lock)
-    _check_passes(lock)
-    _check_texts(plan)
+    check_calibration(lock)
+    check_passes(lock)
+    check_texts(plan)
     copied_files(directory, code=plan.model.trust_remote_code)
     return lock
 
@@ -330,38 +327,6 @@ def _to_blame(one: Pass, index: int, linear: Linear) -> tuple[str | int, ...]:
     return ("pass", index, "where", matching[-1]) if matching else ("pass", index)
 
 
-def check_patterns(plan: Plan, names: list[str], head: str) -> None:
-    """Every glob must match something, and every pass must have something to do."""
-    for index, one in enumerate(plan.passes):
-        targets = [name for name in names if one.targets(name)]
-        for pattern in one.match:
-            if matches(head, (pattern,)) and not any(matches(name, (pattern,)) for name in names):
-                raise PlanError(
-                    f'"{pattern}" is the output head, which is in no decoder block; passes work on blocks',
-                    where=plan.source.where(("pass", index, "match")),
-                    fix="leave the head dense",
-                )
-            _must_match(pattern, names, plan.source, ("pass", index, "match"))
-        for pattern in one.except_:
-            _must_match(pattern, [*names, head], plan.source, ("pass", index, "except"))
-        for number, table in enumerate(one.where):
-            for pattern in table.match:
-                _must_match(pattern, targets, plan.source, ("pass", index, "where", number, "match"))
-        if not targets:
-            raise PlanError("excepts every linear", where=plan.source.where(("pass", index)), fix="remove an except")
-
-
-def _must_match(pattern: str, names: list[str], source: Source, location: tuple[str | int, ...]) -> None:
-    if any(matches(name, (pattern,)) for name in names):
-        return
-    leaf = {name.rsplit(".", 1)[-1]: f"*.{name.rsplit('.', 1)[-1]}" for name in names}
-    close = nearest(pattern, [*leaf.values(), *leaf, *names])
-    some = ", ".join(list(dict.fromkeys(leaf.values()))[:8])
-    raise PlanError(
-        f'"{pattern}" matches no linear{close}', where=source.where(location), fix=f"patterns that match: {some}"
-    )
-
-
 def _sweeps(plan: Plan) -> tuple[tuple[int, ...], ...]:
     """Consecutive local passes share a sweep; one that surveys the whole model or works on blocks begins a new one."""
     sweeps: list[list[int]] = [[]]
@@ -393,59 +358,6 @@ def _in_model_order(skeleton: Skeleton) -> Iterator[Any]:
         return (int(name.removeprefix(prefix).split(".")[0]) if inside else -1, stored)
 
     yield from (tensors[stored] for stored in sorted(tensors, key=key))
-
-
-def _check_calibration(lock: Lock) -> None:
-    plan = lock.plan
-    context = getattr(lock.config, "max_position_embeddings", None)
-    if lock.calibrated and plan.calibration is None:
-        needing = [i for lin in lock.linears for i, p in lin.passes if _needs_data(p)]
-        index = needing[0]
-        raise PlanError(
-            f"{plan.passes[index].use()} needs calibration data",
-            where=plan.source.where(("pass", index)),
-            fix='add [calibration] with source = a text file, a hub dataset or "self"',
-        )
-    for table, key in (("calibration", "length"), ("evaluate", "window")):
-        value = getattr(getattr(plan, table), key, None)
-        if context and value and value > context:
-            raise PlanError(
-                f"{key} {value} is more than the model's context of {context}",
-                where=plan.source.where((table, key)),
-                fix=f"{key} = {context} or less",
-            )
-
-
-def _check_passes(lock: Lock) -> None:
-    """What passes say of the model and the calibration set, and what none of them can have."""
-    plan = lock.plan
-    for index, one in enumerate(plan.passes):
-        try:
-            if one.where and not isinstance(one, LinearPass):
-                problem = f"{one.use()} works on many linears together: it has one set of settings"
-                raise SettingError(problem, "leave where out; match and except choose the linears", ("where", 0))
-            one.check_lock(lock, index)
-        except SettingError as error:
-            raise plan.refusal(index, error) from None
-
-
-def _needs_data(one: Pass) -> bool:
-    return one.learns() or (isinstance(one, (LinearPass, BlockPass)) and bool(one.needed()))
-
-
-def _check_texts(plan: Plan) -> None:
-    """Text files must be there before hours of work, not when their turn comes."""
-    named = [(("calibration", "source"), plan.calibration.source)] if plan.calibration else []
-    named += [(("evaluate", "perplexity"), text) for text in (plan.evaluate.perplexity if plan.evaluate else ())]
-    for location, source in named:
-        path = Path(located(source, plan.folder)).expanduser()
-        if source != SELF and is_file(str(path)) and not path.is_file():
-            others = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-            raise PlanError(
-                f'no such file "{path}"{nearest(path.name, others)}',
-                where=plan.source.where(location),
-                fix="correct the path; it is relative to the plan file",
-            )
 
 
 def _files(plan: Plan, skeleton: Skeleton, linears: Iterable[Linear], form: Format) -> Iterator[Shard]:

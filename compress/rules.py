@@ -1,4 +1,4 @@
-"""What may follow what, and what a format may hold: the questions that the lock asks of passes and linears together.
+"""What a plan cannot mean: the questions that the lock asks of passes, linears, formats and texts together.
 
 The rules of composition are data (`RULES`): a pass names the rule that places it, and declares what it establishes,
 requires and preserves.
@@ -6,22 +6,25 @@ requires and preserves.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from compress.calibration.plan_source import SELF, located
+from compress.calibration.sources import is_file
 from compress.checkpoint import DTYPES
-from compress.errors import PlanError
+from compress.errors import PlanError, nearest
 from compress.export.formats import Format, known_formats
-from compress.passes.base import Invariant
+from compress.passes.base import BlockPass, Invariant, LinearPass, SettingError, matches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from compress.lock import Linear
+    from compress.lock import Linear, Lock
     from compress.passes.base import Pass
     from compress.plan import Plan
-    from compress.plan_text import Location
+    from compress.plan_text import Location, Source
     from compress.state import GridSpec
 
 # The rules of composition (DESIGN section 6). A pass names the rule that places it; what it may not break is what
@@ -122,3 +125,88 @@ def _unfit(plan: Plan, form: Format, reason: str, location: Location, fitting: l
         where=plan.source.where(location),
         fix=f"other bits or group_size, or an [[export]] format that holds it: {', '.join(fitting)}",
     )
+
+
+def check_patterns(plan: Plan, names: list[str], head: str) -> None:
+    """Every glob must match something, and every pass must have something to do."""
+    for index, one in enumerate(plan.passes):
+        targets = [name for name in names if one.targets(name)]
+        for pattern in one.match:
+            if matches(head, (pattern,)) and not any(matches(name, (pattern,)) for name in names):
+                raise PlanError(
+                    f'"{pattern}" is the output head, which is in no decoder block; passes work on blocks',
+                    where=plan.source.where(("pass", index, "match")),
+                    fix="leave the head dense",
+                )
+            _must_match(pattern, names, plan.source, ("pass", index, "match"))
+        for pattern in one.except_:
+            _must_match(pattern, [*names, head], plan.source, ("pass", index, "except"))
+        for number, table in enumerate(one.where):
+            for pattern in table.match:
+                _must_match(pattern, targets, plan.source, ("pass", index, "where", number, "match"))
+        if not targets:
+            raise PlanError("excepts every linear", where=plan.source.where(("pass", index)), fix="remove an except")
+
+
+def _must_match(pattern: str, names: list[str], source: Source, location: tuple[str | int, ...]) -> None:
+    if any(matches(name, (pattern,)) for name in names):
+        return
+    leaf = {name.rsplit(".", 1)[-1]: f"*.{name.rsplit('.', 1)[-1]}" for name in names}
+    close = nearest(pattern, [*leaf.values(), *leaf, *names])
+    some = ", ".join(list(dict.fromkeys(leaf.values()))[:8])
+    raise PlanError(
+        f'"{pattern}" matches no linear{close}', where=source.where(location), fix=f"patterns that match: {some}"
+    )
+
+
+def check_calibration(lock: Lock) -> None:
+    plan = lock.plan
+    context = getattr(lock.config, "max_position_embeddings", None)
+    if lock.calibrated and plan.calibration is None:
+        needing = [i for lin in lock.linears for i, p in lin.passes if _needs_data(p)]
+        index = needing[0]
+        raise PlanError(
+            f"{plan.passes[index].use()} needs calibration data",
+            where=plan.source.where(("pass", index)),
+            fix='add [calibration] with source = a text file, a hub dataset or "self"',
+        )
+    for table, key in (("calibration", "length"), ("evaluate", "window")):
+        value = getattr(getattr(plan, table), key, None)
+        if context and value and value > context:
+            raise PlanError(
+                f"{key} {value} is more than the model's context of {context}",
+                where=plan.source.where((table, key)),
+                fix=f"{key} = {context} or less",
+            )
+
+
+def check_passes(lock: Lock) -> None:
+    """What passes say of the model and the calibration set, and what none of them can have."""
+    plan = lock.plan
+    for index, one in enumerate(plan.passes):
+        try:
+            if one.where and not isinstance(one, LinearPass):
+                problem = f"{one.use()} works on many linears together: it has one set of settings"
+                raise SettingError(problem, "leave where out; match and except choose the linears", ("where", 0))
+            one.check_lock(lock, index)
+        except SettingError as error:
+            raise plan.refusal(index, error) from None
+
+
+def _needs_data(one: Pass) -> bool:
+    return one.learns() or (isinstance(one, (LinearPass, BlockPass)) and bool(one.needed()))
+
+
+def check_texts(plan: Plan) -> None:
+    """Text files must be there before hours of work, not when their turn comes."""
+    named = [(("calibration", "source"), plan.calibration.source)] if plan.calibration else []
+    named += [(("evaluate", "perplexity"), text) for text in (plan.evaluate.perplexity if plan.evaluate else ())]
+    for location, source in named:
+        path = Path(located(source, plan.folder)).expanduser()
+        if source != SELF and is_file(str(path)) and not path.is_file():
+            others = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+            raise PlanError(
+                f'no such file "{path}"{nearest(path.name, others)}',
+                where=plan.source.where(location),
+                fix="correct the path; it is relative to the plan file",
+            )
