@@ -304,7 +304,8 @@ class Sweep:
 
     def _write_back(self, module: nn.Module, prefix: str, linear: Linear, state: LinearState) -> None:
         """What the rest of the block computes with from now on: the weight as it will be written."""
-        weight = state.effective()
+        # Settled, the weight is masked already; without a branch the journal's artifact and the module share it.
+        weight = state.weight if state.low_rank is None else state.effective()
         weight = (weight.T.contiguous() if linear.transposed else weight).to(self.mode.dtype)
         owner = module.get_submodule(linear.name.removeprefix(prefix))
         owner.weight = nn.Parameter(weight, requires_grad=False)
