@@ -15,14 +15,12 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.adapting import AdaptedLinear
 from compress.barrier import WholeModel, build
-from compress.errors import RunError
 from compress.journal import Workspace
 from compress.lock import compile_plan
 from compress.passes import GPTQ, PERP, EoRA, Invariant, ModelPass, Note, SparseGPT, Wanda
 from compress.training_store import TrainingStore
-from tests.conftest import files_of, some_text, tiny_directory, write_tokenizer
+from tests.conftest import some_text, tiny_directory, write_tokenizer
 from tests.models import FAMILIES, save_tiny
-from tests.test_cli import PLAN, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
