@@ -112,10 +112,9 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
     # float32 dense, current and solved weight, scores, and the int64 order of a sort
     solve = 32 * largest.weights
     grams = [n.in_features**2 for n in lock.linears if _statistics(lock, n) is Statistics.GRAM]
-    # Factoring holds five matrices of the Gram's size beside the weight; solving, the Gram matrix, its factor and the
-    # panels of an error.
+    # Factoring holds five matrices of the Gram's size beside the weight; solving, the Gram matrix and its factor.
     factor = max((20 * square for square in grams), default=0) + 8 * largest.weights
-    held = max((12 * square for square in grams), default=0)
+    held = max((8 * square for square in grams), default=0)
     phases = {"blocks": base + light + block + kept + flow + max(forward, factor, held + solve)}
     if lock.calibrated:
         phases["embedding"] = base + light + embedding + flow
