@@ -20,6 +20,7 @@ from compress.passes.base import (
 )
 from compress.passes.eora import EoRA
 from compress.passes.gptq import GPTQ
+from compress.passes.lqlora import LQLoRA
 from compress.passes.magnitude import Magnitude
 from compress.passes.peqa import PEQA
 from compress.passes.perp import PERP
@@ -38,6 +39,7 @@ __all__ = [
     "EoRA",
     "GridSettings",
     "Invariant",
+    "LQLoRA",
     "LinearPass",
     "LinearState",
     "ModelPass",
