@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.barrier import Barrier
+from compress.barrier import Barrier, build
+from compress.calibration.fisher import diagonal_fisher
 from compress.calibration.plan_source import make_tokens
 from compress.calibration.tokens import TokenSet
-from compress.checkpoint import read_file
+from compress.checkpoint import Shard, TensorInfo, lay_out, read_file, read_header, read_tensor, slots_of, write_shard
 from compress.errors import OutputError, PlanError, RunError
 from compress.estimate import Mode, check_disk, choose_mode
 from compress.export.huggingface import FinalTensors, export
@@ -36,6 +37,7 @@ from compress.walk import batch_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.lock import Linear
     from compress.plan import Plan
     from compress.stream import Skeleton
 
@@ -107,6 +109,7 @@ class Execution:
     tokens: TokenSet | None = None
     resumed: int = 0
     rows: list[int] = field(default_factory=list)
+    fisher: dict[str, TensorInfo] = field(default_factory=dict)  # of the sweep under way, by linear
 
     @property
     def skeleton(self) -> Skeleton:
@@ -124,6 +127,7 @@ class Execution:
             self.rows = batch_rows(len(self.tokens.ids), self.tokens.ids.shape[1], self.mode.device)
         for number in range(len(self.lock.sweeps)):
             self.skeleton.replaced = {n.rpartition(":")[0]: t for n, t in self.kept_outside(number - 1).items()}
+            self._make_fisher(number)
             (Barrier if self.lock.is_barrier(number) else Sweep)(self, number).carry_out()
             self._allocate(number)
         self.work.flush()
@@ -198,6 +202,32 @@ class Execution:
         tensors = read_file(self.work.directory / entry["file"])
         allocated = self.work.entries("ranks", sweep=sweep)
         return cut_ranks(tensors, allocated[0]["ranks"]) if allocated else tensors
+
+    def _make_fisher(self, sweep: int) -> None:
+        """The Fisher information of the dense model, for the linears of a sweep that want it; journaled."""
+        wanting = [lin for lin in self.lock.linears if any(p.needs_fisher() for _, p in self.lock.passes(lin, sweep))]
+        path = self.work.directory / f"fisher-{sweep}.safetensors"
+        self.fisher = {}
+        if not wanting:
+            return
+        known = self.work.entries("fisher", sweep=sweep)
+        if not known or file_checksum(path) != known[-1]["sha256"]:
+            assert self.tokens is not None
+            self.progress.phase("fisher", "Fisher information of the dense model")
+            model = build(self.lock, self.mode.device, {})
+            names = {f"{linear.name}.weight": linear for linear in wanting}
+            ids, mask = self.tokens.ids.to(self.mode.device), self.tokens.mask.to(self.mode.device)
+            found = diagonal_fisher(model, ids, mask, names)
+            rows = {name: (f.T if names[name].transposed else f).cpu().contiguous() for name, f in found.items()}
+            (shard,) = lay_out(slots_of(rows), 1 << 62)
+            checksum = write_shard(Shard(path.name, shard.slots), path.parent, rows)
+            self.work.append({"kind": "fisher", "sweep": sweep, "sha256": checksum}, files=(path,))
+        self.fisher = {info.name.removesuffix(".weight"): info for info in read_header(path)}
+
+    def fisher_of(self, linear: Linear) -> Tensor | None:
+        """The Fisher information (out, in) of a linear, where this sweep has it."""
+        info = self.fisher.get(linear.name)
+        return None if info is None else read_tensor(self.work.directory / info.file, info).to(self.mode.device)
 
     def kept_outside(self, sweep: int) -> dict[str, Tensor]:
         """What the journal keeps, after a sweep, of the parameters that belong to no block."""

@@ -285,6 +285,7 @@ class LinearState:
         rows: (out_features,) float32, what a rewrite that preserves the function has multiplied the rows with.
         columns: (in_features,) float32, likewise the columns. `dense` is in these scaled coordinates, too.
         low_rank: a branch beside the weight; None without one.
+        fisher: (out_features, in_features) float32, the diagonal Fisher information of `dense`, where a pass wants it.
     """
 
     name: str
@@ -296,6 +297,7 @@ class LinearState:
     rows: Tensor | None = None
     columns: Tensor | None = None
     low_rank: LowRank | None = None
+    fisher: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -334,9 +336,11 @@ class LinearState:
         if rows is not None:
             self.rows = rows if self.rows is None else self.rows * rows
             self.weight, self.dense = self.weight * rows.unsqueeze(1), self.dense * rows.unsqueeze(1)
+            self.fisher = None if self.fisher is None else self.fisher / rows.square().unsqueeze(1)
         if columns is not None:
             self.columns = columns if self.columns is None else self.columns * columns
             self.weight, self.dense = self.weight * columns, self.dense * columns
+            self.fisher = None if self.fisher is None else self.fisher / columns.square()
 
     def settle(self) -> None:
         """Round weight and branch to the checkpoint's dtype, so that what runs next is what will be written."""

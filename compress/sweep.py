@@ -168,7 +168,7 @@ class Sweep:
         """A linear as this sweep finds it, in float32; `before`: what is kept of its block so far."""
         stored = self.lock.checkpoint.read(linear.stored)
         dense = (stored.T if linear.transposed else stored).to(self.mode.device).float().contiguous()
-        state = LinearState(linear.name, dense, dense, stored.dtype)
+        state = LinearState(linear.name, dense, dense, stored.dtype, fisher=self.run.fisher_of(linear))
         mine = kept_of(linear.name, self.run.kept(self.number - 1, linear.block) if before is None else before)
         if mine:
             state.restore({name: tensor.to(self.mode.device) for name, tensor in mine.items()})

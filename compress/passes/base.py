@@ -191,6 +191,10 @@ class Pass(Settings):
         """A text file of its own that the pass trains on instead; None for the calibration set."""
         return None
 
+    def needs_fisher(self) -> bool:
+        """Whether the pass wants the diagonal Fisher information of the dense model, as `linear.fisher`."""
+        return False
+
     def added_rank(self) -> int | None:
         """The rank of the branch that this configured pass gives a linear, at most; None when it gives none."""
         return None

@@ -135,7 +135,11 @@ class LQLoRA(LinearPass):
         return max(self.choices_rank, default=self.rank) or None
 
     def needs_fisher(self) -> bool:
-        """Whether `apply` and `survey` read the Fisher information of a linear."""
+        """Where errors are weighed by it."""
+        return self.fisher
+
+    def learns(self) -> bool:
+        """The Fisher information is of the calibration set."""
         return self.fisher
 
     def check_shape(self, out_features: int, in_features: int) -> None:
@@ -190,10 +194,9 @@ class LQLoRA(LinearPass):
         """The norm in which a linear's error is measured. Raises RunError without the Fisher information it needs."""
         if not self.fisher:
             return Norm()
-        fisher: Tensor | None = getattr(linear, "fisher", None)
-        if fisher is None:
+        if linear.fisher is None:  # applied by hand: the pass manager fills it
             raise RunError("there is no Fisher information", fix="write fisher = false")
-        return Norm.of(fisher)
+        return Norm.of(linear.fisher)
 
     def apply(self, linear: LinearState, moments: Moments) -> Note:
         """Decompose one linear."""

@@ -13,16 +13,21 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 import compress
+from compress.calibration.fisher import diagonal_fisher
+from compress.calibration.plan_source import make_tokens
 from compress.errors import PlanError, RunError
 from compress.export.reader import open_model
 from compress.invariants import check_invariants
+from compress.lock import compile_plan
 from compress.passes import RTN, LinearState, Magnitude, Wanda
 from compress.passes.base import Invariant
 from compress.passes.bit_budget import allocate
 from compress.passes.lqlora import EXACT, LQLoRA, Norm, decompose, least_error, low_rank, second_level
 from compress.state import Grid, LowRank, normal_float
+from tests.conftest import tiny_directory
 from tests.passes import NOTHING, draw, state_of
 
 if TYPE_CHECKING:
@@ -817,3 +822,41 @@ def test_a_branch_can_be_read_back_and_is_of_the_checkpoint(folder: Path) -> Non
     LQLoRA(rank=2, bits=4, group_size=16).apply(state, NOTHING)
     assert state.low_rank is not None
     torch.testing.assert_close(branch.product(), state.low_rank.product(), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the pass manager's Fisher information
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_run_weighs_errors_by_the_fisher_information_of_the_dense_model(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pass gets is what `diagonal_fisher` says of transformers' model on the plan's tokens, as (out, in)."""
+    tiny_directory(tmp_path / "model", family)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    original = LQLoRA.apply
+
+    def watched(self: LQLoRA, linear: LinearState, moments: Any) -> Any:
+        assert linear.fisher is not None
+        seen[linear.name] = (linear.fisher.clone(), linear.dense.clone())
+        return original(self, linear, moments)
+
+    monkeypatch.setattr(LQLoRA, "apply", watched)
+    plan = compress.Plan(
+        model=compress.Model(path=str(tmp_path / "model")),
+        calibration=compress.Calibration(source=str(tmp_path / "text.txt"), samples=4, length=16, selection="first"),
+        run=compress.Run(output=str(tmp_path / "out")),
+        passes=[LQLoRA(group_size=16, rank=2, fisher=True)],
+    )
+    compress.run(plan)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    lock = compile_plan(plan)
+    tokens = make_tokens(lock, torch.device("cpu"))
+    wanted = diagonal_fisher(model, tokens.ids, tokens.mask, [f"{linear.name}.weight" for linear in lock.linears])
+    for linear in lock.linears:
+        fisher, dense = seen[linear.name]
+        found = wanted[f"{linear.name}.weight"]
+        found = found.T if linear.transposed else found
+        assert fisher.shape == dense.shape
+        assert torch.allclose(fisher, found, rtol=1e-4, atol=1e-6 * float(found.max())), linear.name
+        assert float(fisher.max()) > 0
