@@ -25,12 +25,12 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 # What is done, as steps of the method and its target: N:M or a sparsity, or bits in groups of 128.
+# No RTN: what llm-compressor saves uncompressed after it are the weights before rounding.
 CASES = {
     "Wanda 50 %": ["wanda:0.5"],
     "Wanda 2:4": ["wanda:2:4"],
     "SparseGPT 50 %": ["sparsegpt:0.5"],
     "SparseGPT 2:4": ["sparsegpt:2:4"],
-    "RTN 4 bits": ["rtn:4"],
     "GPTQ 4 bits": ["gptq:4"],
     "GPTQ 3 bits": ["gptq:3"],
     "SparseGPT 2:4 + GPTQ 4 bits": ["sparsegpt:2:4", "gptq:4"],
