@@ -64,8 +64,8 @@ def main() -> None:
         reports[name] = compress.run(plan(passes), progress=Progress(console))
     table = Table(title="\nembedded reference model, 4.2 M parameters", title_justify="left")
     table.add_column("", no_wrap=True)
-    for heading in ("perplexity", "KL to dense", "same top token", "zeros", "size", "time"):
-        table.add_column(heading, justify="right")
+    for heading in ("perplexity", "KL to dense", "same top", "zeros", "size", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
     first = next(iter(reports.values()))
     dense = first.evaluation[0].dense
     table.add_row("dense", f"{dense.perplexity:.1f}", "", "", "", human_bytes(first.model.bytes), "")
