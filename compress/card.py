@@ -108,16 +108,30 @@ def _divergence(text: str, kl: Divergence) -> str:
 
 def _loading(report: Report) -> str:
     name = re.sub(r"[^\w.\-]", "_", report.output.path)
+    needs = {
+        "gptq": "`transformers` with `gptqmodel` and `optimum`",
+        "compressed-tensors": "`transformers` with `compressed-tensors`",
+    }
+    adapter = f"""
+
+Low-rank branches that make up for what was lost are beside the weights, as a PEFT adapter. Without it this is the model
+before that repair. Do not merge it.
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "{name}/adapter")
+```"""
     return f"""## Use
 
-The directory loads with plain `transformers`:
+The directory loads with {needs.get(report.output.format, "plain `transformers`")}:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-```"""
+```{adapter if report.output.adapter else ""}"""
 
 
 def _limits(report: Report) -> str:

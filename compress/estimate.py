@@ -120,6 +120,8 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
         phases["embedding"] = base + light + embedding + flow
     if lock.plan.calibration and lock.plan.calibration.source == "self":
         phases["self-calibration"] = base + 4 * sum(counts.values()) + 2 * sizes[skeleton.embedding] + forward
+    if any(lock.is_barrier(sweep) for sweep in range(len(lock.sweeps))):
+        phases["training"] = base + _training(lock, sum(counts.values()))
     phases["verification"] = base + kept + 4 * largest.weights
     if lock.plan.evaluate and lock.plan.evaluate.perplexity:
         models = 2
@@ -127,6 +129,23 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
         hidden = models * (_evaluation_tokens(lock) if keep else 0) * 4 * skeleton.width
         phases["evaluation"] = base + models * light + hidden + max(embedding, block + forward, scoring)
     return phases
+
+
+def _training(lock: Lock, parameters: int) -> int:
+    """Bytes of the largest training over the whole model: float32 models, the states, what a batch leaves behind."""
+    calibration = lock.plan.calibration
+    length = calibration.length if calibration else 0
+    inner = max(linear.out_features for linear in lock.linears)
+    vocabulary = lock.skeleton.model.get_input_embeddings().num_embeddings
+    most = 0
+    for one in lock.plan.passes:
+        if one.barrier():
+            tokens = length * getattr(one, "batch_size", 1)
+            models = 2 if getattr(one, "distill", 0) or getattr(one, "hidden", 0) else 1
+            states = 4 * 3 * sum(linear.weights for linear in lock.linears)  # dense, current, and what is learned
+            left = 4 * tokens * (lock.blocks * (12 * lock.skeleton.width + 4 * inner) + (3 + models) * vocabulary)
+            most = max(most, 4 * models * parameters + states + left)
+    return most
 
 
 def _evaluation_tokens(lock: Lock) -> int:

@@ -114,6 +114,8 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors) -> R
             parameters=parameters + added,
             nonzero_parameters=nonzero + added,
             linear_sparsity=sparsity,
+            format=lock.form.name,
+            adapter=branches is not None,
             linear_bits=_linear_bits(lock, tensors),
         ),
         environment=environment(run.mode.device),

@@ -48,6 +48,8 @@ class OutputInfo(Settings):  # what was written; path is the directory's name on
     parameters: int
     nonzero_parameters: int
     linear_sparsity: float
+    format: str = "huggingface"  # as in [[export]]
+    adapter: bool = False  # whether there are low-rank branches beside the weights
     linear_bits: float | None = None  # stored per weight of the block linears: codes, scales, zero-points, masks
 
 

@@ -102,6 +102,11 @@ class PERP(Training, BlockPass, ModelPass):
             problem = f"rank {self.rank} is above {most}, the smaller side of a {out_features} × {in_features} linear"
             raise SettingError(problem, f"rank = {most} or less, or except these linears")
 
+    def settings(self) -> dict[str, Any]:
+        """Without low_rank, nothing of it."""
+        unused = set() if "low_rank" in self.train else {"variant", "rank", "alpha"}
+        return {key: value for key, value in super().settings().items() if key not in unused}
+
     def check_lock(self, lock: Lock, index: int) -> None:
         """Some samples and some parameters must be there to train."""
         super().check_lock(lock, index)
