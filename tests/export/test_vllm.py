@@ -72,6 +72,7 @@ READ = {
     "gptq 2:4 and 4 bits": Case("gptq", [two_of_four(), GPTQ(bits=4)]),
     "gptq all but one kind": Case("gptq", [coarse(bits=4, except_="*.down_proj")]),
     "gptq all but one block": Case("gptq", [coarse(bits=4, except_="model.layers.0.*")]),
+    "gptq with two grids": Case("gptq", [coarse(bits=4, where=(BLOCK,))]),
     "compressed-tensors 4 bits": Case("compressed-tensors", [GPTQ(bits=4)]),
     "compressed-tensors 4 bits asymmetric": Case("compressed-tensors", [coarse(bits=4, symmetric=False)]),
     "compressed-tensors 2:4 and 4 bits": Case("compressed-tensors", [two_of_four(), GPTQ(bits=4)]),
