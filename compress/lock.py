@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from compress.architecture import Architecture
+    from compress.grid import GridSpec
     from compress.plan import Plan
-    from compress.state import GridSpec
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from compress.passes.base import BlockPass, Invariant, LinearPass, SettingError,
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from compress.grid import GridSpec
     from compress.lock import Linear, Lock
     from compress.passes.base import Pass
     from compress.plan import Plan
     from compress.plan_text import Location, Source
-    from compress.state import GridSpec
 
 # The rules of composition (DESIGN section 6). A pass names the rule that places it; what it may not break is what
 # earlier passes established and it does not preserve.

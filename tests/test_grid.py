@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from compress.checkpoint import lay_out, slots_of, write_shard
-from compress.state import Grid, GridSpec, LinearState, kept_weight
+from compress.grid import Grid, GridSpec
+from compress.state import LinearState, kept_weight
 from tests.passes import draw
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 
 from compress.export.bitstream import pack, unpack, words
 from compress.export.formats import PackedFormat, split_layers
-from compress.state import Grid, GridSpec
+from compress.grid import Grid, GridSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

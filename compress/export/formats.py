@@ -10,15 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.checkpoint import DTYPE_NAMES, DTYPES, Slot
-from compress.state import Grid, kept_weight
+from compress.grid import Grid
+from compress.state import kept_weight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
+    from compress.grid import GridSpec
     from compress.lock import Linear, Lock
-    from compress.state import GridSpec
 
 
 class Format:

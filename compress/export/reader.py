@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.architecture import Architecture
-    from compress.state import GridSpec
+    from compress.grid import GridSpec
 
 SCALES = ("F16", "BF16", "F32")  # the dtypes that scales may have
 

@@ -31,7 +31,8 @@ from compress.architecture import Architecture
 from compress.calibration.moments import Moments, Statistics
 from compress.errors import nearest
 from compress.settings import Settings
-from compress.state import GridSpec, LinearState, Pattern
+from compress.grid import GridSpec
+from compress.state import LinearState, Pattern
 
 if TYPE_CHECKING:
     from compress.barrier import WholeModel

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.passes.base import GridSettings
-    from compress.state import Grid
+    from compress.grid import Grid
 
 
 class ColumnRule(Protocol):

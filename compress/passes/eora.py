@@ -28,7 +28,8 @@ from torch import Tensor
 
 from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Statistics
 from compress.passes.grid_search import fit_groups, grid_of
-from compress.state import GridSpec, LowRank
+from compress.grid import GridSpec
+from compress.state import LowRank
 
 
 class EoRA(LinearPass):

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from compress.state import SLICE, Grid, GridSpec
+from compress.grid import Grid, GridSpec
+from compress.state import SLICE
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -39,7 +39,8 @@ from compress.errors import PlanError, RunError
 from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Survey
 from compress.passes.bit_budget import allocate
 from compress.passes.eora import balanced, left_singular
-from compress.state import Grid, GridSpec, LowRank, ScaleCodes, normal_float
+from compress.grid import Grid, GridSpec, ScaleCodes, normal_float
+from compress.state import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,10 +22,10 @@ from compress.export.compressed_tensors import CompressedTensors
 from compress.export.formats import PackedFormat, known_formats
 from compress.export.gptq import GPTQFormat
 from compress.export.reader import open_model
+from compress.grid import Grid, GridSpec
 from compress.lock import compile_plan
 from compress.passes import RTN, Magnitude
 from compress.plan import Evaluate
-from compress.state import Grid, GridSpec
 from tests.conftest import same_bits, tiny_directory
 from tests.models import FAMILIES
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.passes.grid_search import SHRINK, fit, fit_groups, grid_of
-from compress.state import GridSpec
+from compress.grid import GridSpec
 from tests.passes import draw
 
 BITS = [2, 3, 4, 8]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.state import Grid
+    from compress.grid import Grid
 
 ROWS, COLUMNS = 9, 48
 SETTINGS: list[dict[str, Any]] = [
