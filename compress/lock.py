@@ -19,15 +19,19 @@ from compress.export.adapter import adapter_shard
 from compress.export.formats import Format, known_formats
 from compress.export.huggingface import copied_files
 from compress.export.scales import scale_shards, set_passes
+from compress.grid import Grid
 from compress.hub import config_digest, find_model, load_config
 from compress.passes.base import BlockPass, Invariant, LinearPass, ModelPass, Pass, SettingError, Statistics, matches
 from compress.passes.eora import EoRA
 from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
+from compress.state import kept_low_rank
 from compress.stream import Skeleton
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from torch import Tensor
 
     from compress.architecture import Architecture
     from compress.grid import GridSpec
@@ -47,6 +51,7 @@ class Linear:
     transposed: bool
     dtype: str
     passes: tuple[tuple[int, Pass], ...]  # (index in the plan, settings for this linear)
+    found: tuple[GridSpec | None, int] | None = None  # grid and rank, where only the run could tell
 
     @property
     def weights(self) -> int:
@@ -62,11 +67,15 @@ class Linear:
     @property
     def grid(self) -> GridSpec | None:
         """The grid on which the passes leave it."""
+        if self.found:
+            return self.found[0]
         return next((p.grid() for _, p in reversed(self.passes) if p.grid() is not None), None)
 
     @property
     def rank(self) -> int:
         """The rank of the branch that the passes give it, at most; 0 for none."""
+        if self.found:
+            return self.found[1]
         ranks = [rank for _, p in self.passes if (rank := p.added_rank()) is not None]
         if any(getattr(p, "budget", None) is not None for _, p in self.passes):
             return max(ranks, default=0)  # where the budget leaves none, a later pass may add its own
@@ -165,13 +174,30 @@ class Lock:
     @property
     def output_bytes(self) -> int:
         """Exact bytes of the weights to be written: headers, index, branches and sets of scales included."""
-        branches = self.adapter({linear.name: linear.rank for linear in self.linears})
-        files = [*self.shards, *([branches] if branches else []), *self.scale_sets.values()]
+        files = [*self.shards, *([self.adapter] if self.adapter else []), *self.scale_sets.values()]
         return sum(shard.bytes for shard in files) + len((self.index or "").encode())
 
-    def adapter(self, ranks: Mapping[str, int]) -> Shard | None:
-        """The file of the low-rank branches, for their ranks by linear."""
-        return adapter_shard({linear.name: (linear, ranks.get(linear.name, 0)) for linear in self.linears})
+    @property
+    def adapter(self) -> Shard | None:
+        """The file of the low-rank branches, where the format does not hold them."""
+        return None if self.form.branches else adapter_shard(self.linears)
+
+    def settled(self, kept: Callable[[int], Mapping[str, Tensor]]) -> Lock:
+        """The lock with the grids and ranks that a run has found, where passes choose them under a budget or from data.
+
+        `kept` reads what the journal keeps of a block in the end.
+        """
+        if not {Invariant.GRID, Invariant.LOW_RANK} & {one for p in self.plan.passes for one in p.provides()}:
+            return self
+        linears: list[Linear] = []
+        for block in range(self.blocks):
+            tensors = kept(block)
+            for linear in self.in_block(block):
+                grid, branch = Grid.restore(linear.name, tensors), kept_low_rank(linear.name, tensors)
+                found = linear.grid or (grid.spec if grid else None), branch.rank if branch else 0
+                linears.append(replace(linear, found=found))
+        shards = tuple(_files(self.plan, self.skeleton, linears, self.form))
+        return replace(self, linears=tuple(linears), shards=shards)
 
     @property
     def rank_budget(self) -> bool:
@@ -369,8 +395,9 @@ def _files(plan: Plan, skeleton: Skeleton, linears: Iterable[Linear], form: Form
         linear = by_stored.get(info.name)
         slots += form.slots(linear) if linear else [Slot(info.name, info.dtype, info.shape)]
     yield from lay_out(slots, int(plan.exports[0].shard_size))
-    masks = [Slot(f"{n.name}.mask", "U8", (n.out_features, -(-n.in_features // 8))) for n in linears if n.masked]
-    if form.packs and masks:
+    unsaid = [linear for linear in linears if linear.masked and not form.tells_mask(linear)]
+    masks = [Slot(f"{n.name}.mask", "U8", (n.out_features, -(-n.in_features // 8))) for n in unsaid]
+    if masks:
         yield Shard(MASKS, tuple(masks))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -93,12 +92,11 @@ def _made_here(output: Path) -> bool:
 
 def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors) -> Report:
     """Count, evaluate the staged directory, and put together the report."""
-    lock, work = run.lock, run.work
+    lock, work = tensors.lock, run.work
     ledger = [LedgerLine(**line) for entry in work.entries("block") for line in entry["ledger"]]
     blocks = [BlockLine(**entry["line"]) for entry in work.entries("block")]
     parameters, nonzero, sparsity = _counts(lock, tensors)
-    branches = lock.adapter(tensors.ranks())
-    added = sum(math.prod(slot.shape) for slot in branches.slots) if branches else 0
+    added = sum(linear.rank * (linear.out_features + linear.in_features) for linear in lock.linears)
     evaluation = _evaluate(run)
     run.progress.end_phase()
     plan, settings = lock.plan, lock.plan.calibration
@@ -115,8 +113,8 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors) -> R
             nonzero_parameters=nonzero + added,
             linear_sparsity=sparsity,
             format=lock.form.name,
-            adapter=branches is not None,
-            linear_bits=_linear_bits(lock, tensors),
+            adapter=lock.adapter is not None,
+            linear_bits=_linear_bits(lock),
         ),
         environment=environment(run.mode.device),
         calibration=CalibrationInfo(
@@ -196,10 +194,9 @@ def _written(directory: Path) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _linear_bits(lock: Lock, tensors: FinalTensors) -> float:
+def _linear_bits(lock: Lock) -> float:
     """Stored bits per weight of the linears in blocks, with all that belongs to them."""
-    branches = lock.adapter(tensors.ranks())
-    slots = list(branches.slots) if branches else []
+    slots = list(lock.adapter.slots) if lock.adapter else []
     slots += [slot for linear in lock.linears for slot in lock.form.slots(linear)]
     slots += [slot for shard in lock.shards if shard.file == MASKS for slot in shard.slots]
     return 8 * sum(slot.bytes for slot in slots) / sum(linear.weights for linear in lock.linears)

@@ -66,7 +66,7 @@ class Run(Settings):
 class Export(Settings):
     """A checkpoint format to write."""
 
-    format: Literal["huggingface", "gptq", "compressed-tensors"] = Field(
+    format: Literal["huggingface", "gptq", "compressed-tensors", "packed"] = Field(
         default="huggingface", description="plain weights, or codes in one of the formats that servers read"
     )
     shard_size: ByteSize = Field(default=ByteSize(5_000_000_000), gt=0, description="bytes per file at most")

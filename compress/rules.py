@@ -112,10 +112,10 @@ def _check_codes(plan: Plan, linear: Linear, form: Format) -> None:
     """The codes of packed formats are integers on a grid that the lock knows."""
     for index, one in linear.passes:
         grid = one.grid()
-        if not form.packs or Invariant.GRID not in one.provides() or (grid is not None and grid.kind == "int"):
+        if form.any_grid or Invariant.GRID not in one.provides() or (grid is not None and grid.kind == "int"):
             continue
         reason = f"{one.use()} makes NormalFloat codes" if grid else f"{one.use()} chooses grids during the run"
-        fitting = [name for name, other in known_formats().items() if not other.packs]
+        fitting = [name for name, other in known_formats().items() if other.any_grid]
         raise _unfit(plan, form, f"{linear.name}: {reason}", ("pass", index), fitting)
 
 

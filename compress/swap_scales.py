@@ -61,7 +61,7 @@ class ScaledOutput:
             raise PlanError(
                 f"its format, {lock.get('format')}, stores weights without their scales",
                 where=str(directory),
-                fix='run the plan with [[export]] format = "gptq" or "compressed-tensors"',
+                fix='run the plan with [[export]] format = "gptq", "compressed-tensors" or "packed"',
             )
         self.form = form
         checkpoint = Checkpoint(directory)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QUANTIZER = RTN(bits=4, group_size=16, scale_dtype="float16")
-BOTH = ("gptq", "compressed-tensors")
-SCALES = {"gptq": "scales", "compressed-tensors": "weight_scale"}
+FORMATS = ("gptq", "compressed-tensors", "packed")
+SCALES = {"gptq": "scales", "compressed-tensors": "weight_scale", "packed": "scale"}
 
 
 def peqa(name: str | None, folder: Path, **settings: Any) -> PEQA:
@@ -70,12 +70,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
     tiny_directory(folder / "model", "llama", blocks=2)
     (folder / "other.txt").write_text(some_text(3000, seed=7))
-    for form in BOTH:
+    for form in FORMATS:
         run(folder, Magnitude(sparsity=0.3), QUANTIZER, peqa("a", folder), peqa("b", folder), form=form, output=form)
     return folder
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=FORMATS)
 def output(request: pytest.FixtureRequest, made: Path, tmp_path: Path) -> Path:
     """A copy of the output in one format."""
     return Path(shutil.copytree(made / request.param, tmp_path / request.param))
@@ -355,7 +355,7 @@ def test_plain_weights_are_refused(folder: Path, capsys: pytest.CaptureFixture[s
     assert (folder / "out/scales/a.safetensors").is_file()
     code, text = said(capsys, "swap-scales", str(folder / "out"), "a")
     assert code == 2
-    assert 'format = "gptq" or "compressed-tensors"' in text
+    assert 'format = "gptq", "compressed-tensors" or "packed"' in text
 
 
 def replaced(output: Path, change: Any) -> None:

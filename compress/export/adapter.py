@@ -15,7 +15,7 @@ from compress.checkpoint import Checkpoint, Shard, Slot, read_json
 from compress.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -30,18 +30,19 @@ ABSENT = object()
 UP, DOWN = ".lora_B.weight", ".lora_A.weight"
 
 
-def adapter_shard(linears: Mapping[str, tuple[Linear, int]]) -> Shard | None:
-    """The file of the branches of linears, by name with their ranks; None when there is none."""
+def adapter_shard(linears: Iterable[Linear]) -> Shard | None:
+    """The file of the branches of linears; None when there is none."""
     slots = []
-    for name, (linear, rank) in linears.items():
-        if rank:
-            slots.append(Slot(f"{PREFIX}{name}{DOWN}", linear.dtype, (rank, linear.in_features)))
-            slots.append(Slot(f"{PREFIX}{name}{UP}", linear.dtype, (linear.out_features, rank)))
+    for linear in linears:
+        if linear.rank:
+            slots.append(Slot(f"{PREFIX}{linear.name}{DOWN}", linear.dtype, (linear.rank, linear.in_features)))
+            slots.append(Slot(f"{PREFIX}{linear.name}{UP}", linear.dtype, (linear.out_features, linear.rank)))
     return Shard(WEIGHTS, tuple(slots)) if slots else None
 
 
-def write_config(lock: Lock, ranks: Mapping[str, int], directory: Path, base: str) -> None:
-    """Write ``adapter_config.json`` for branches of these ranks by linear; those of rank 0 have none."""
+def write_config(lock: Lock, directory: Path, base: str) -> None:
+    """Write ``adapter_config.json`` for the branches of a lock."""
+    ranks = {linear.name: linear.rank for linear in lock.linears}
     config = {"base_model_name_or_path": base} | _config(ranks, transposed=bool(lock.architecture.transposed))
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from compress.export.bitstream import pack, unpack, words
-from compress.export.formats import PackedFormat, split_layers
+from compress.export.formats import CodesFormat, split_layers
 from compress.grid import Grid, GridSpec
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ VERSION = "0.20.0"  # of the compressed-tensors package whose layout this is; 3 
 STRATEGIES = ("group", "channel")
 
 
-class CompressedTensors(PackedFormat):
+class CompressedTensors(CodesFormat):
     """Codes along the rows, schemes by layer name in config.json."""
 
     name: ClassVar[str] = "compressed-tensors"
+    method: ClassVar[str] = "compressed-tensors"
     suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    marker: ClassVar[str] = "weight_packed"
+    markers: ClassVar[tuple[str, ...]] = ("weight_packed",)
     scales: ClassVar[str] = "weight_scale"
     shapes: ClassVar[str] = "weight_shape"
 
@@ -75,7 +76,7 @@ class CompressedTensors(PackedFormat):
             return pack(grid.zero.T.contiguous(), grid.spec.bits).T.contiguous()
         return torch.tensor(grid.codes.shape, dtype=torch.int64)
 
-    def decode(self, parts: Mapping[str, Tensor], spec: GridSpec) -> Grid:
+    def grid(self, parts: Mapping[str, Tensor], spec: GridSpec) -> Grid:
         """A grid from the tensors of a linear."""
         out, width = parts["weight_shape"].tolist()
         scale = parts["weight_scale"]
@@ -128,7 +129,7 @@ class CompressedTensors(PackedFormat):
             }
         dense = [linear.name for linear in lock.linears if linear.grid is None]
         return {
-            "quant_method": "compressed-tensors",
+            "quant_method": self.method,
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "global_compression_ratio": None,

@@ -7,19 +7,25 @@ from the lock alone, so the exact output size is, too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
 
 from compress.checkpoint import DTYPE_NAMES, DTYPES, Slot
 from compress.grid import Grid
 from compress.state import kept_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
+    from compress.checkpoint import TensorInfo
     from compress.grid import GridSpec
     from compress.lock import Linear, Lock
+
+SCALES = ("F16", "BF16", "F32")  # the dtypes that scales may have
 
 
 class Format:
@@ -30,10 +36,16 @@ class Format:
 
     name: ClassVar[str] = "huggingface"
     packs: ClassVar[bool] = False  # whether it stores codes, and the masks beside them
+    any_grid: ClassVar[bool] = True  # NormalFloat grids too, and those that are chosen during the run
+    branches: ClassVar[bool] = False  # whether low-rank branches lie among the weights, not in an adapter
 
     def holds(self, linear: Linear) -> bool:
         """Whether this format stores a linear as codes."""
         return self.packs and linear.grid is not None
+
+    def tells_mask(self, linear: Linear) -> bool:
+        """Whether the tensors of a linear say by themselves what its mask keeps."""
+        return not self.packs
 
     def refusal(self, linear: Linear, spec: GridSpec) -> str | None:
         """Why this format cannot hold a linear on such a grid; None when it can."""
@@ -58,20 +70,71 @@ class Format:
         weight = kept_weight(linear.name, kept, DTYPES[linear.dtype])
         return weight.T.contiguous() if linear.transposed else weight
 
+    def decode(self, linear: Linear, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weight (out, in) beside the branch, in the dtype of the checkpoint, from the tensors by suffix."""
+        return parts["weight"].T if linear.transposed else parts["weight"]
+
     def config(self, lock: Lock) -> dict[str, Any] | None:
         """The ``quantization_config`` of config.json; None where the model stays a plain one."""
         return None
+
+
+class Stored(NamedTuple):
+    """A linear of a quantized directory: its shape, the dtype of its weight, whether a branch lies beside it.
+
+    `weight` makes the weight (out, in), without the branch, of the tensors by suffix; `branch` the branch's product.
+    Both raise ValueError for what tensors cannot be.
+    """
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    weight: Callable[[Mapping[str, Tensor]], Tensor]
+    branch: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
 
 class PackedFormat(Format):
     """The base of formats that store codes."""
 
     packs: ClassVar[bool] = True
-    # Suffixes of the tensors of a linear: all there may be, the one with the codes, its scales, what tells its shape.
+    any_grid: ClassVar[bool] = False
+    method: ClassVar[str]  # the quant_method of config.json
+    # Suffixes of the tensors of a linear: all there may be, those of which one is always there, and the scales.
     suffixes: ClassVar[tuple[str, ...]]
-    marker: ClassVar[str]
+    markers: ClassVar[tuple[str, ...]]
     scales: ClassVar[str]
-    shapes: ClassVar[str]
+
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """Scales (out, groups) as the tensor `scales` holds them."""
+        return scale
+
+    def stored(
+        self,
+        config: dict[str, Any],
+        module: str,
+        infos: Mapping[str, TensorInfo],
+        dtype: torch.dtype | None,
+        read: Callable[[TensorInfo], Tensor],
+    ) -> Stored:
+        """How a linear is stored.
+
+        Args:
+            config: the ``quantization_config``.
+            module: the name of the linear.
+            infos: its tensors by suffix.
+            dtype: of the model's weights, where it is known.
+            read: reads one of them, for formats that store a shape as a tensor.
+
+        Raises:
+            ValueError, LookupError, TypeError: tensors and configuration do not belong together.
+        """
+        raise TypeError(f"{type(self).__name__} must say how it reads a linear")
+
+
+class CodesFormat(PackedFormat):
+    """The base of formats of integer codes, a scale per group of columns; what has no grid is a plain weight."""
+
+    shapes: ClassVar[str]  # the suffix of the tensor that tells the shape
 
     def slots(self, linear: Linear) -> list[Slot]:
         """The tensors of the codes, or the plain weight where there is no grid."""
@@ -89,6 +152,45 @@ class PackedFormat(Format):
             return super().encode(linear, slot, kept)
         return self.part(slot.name.rpartition(".")[2], grid)
 
+    def decode(self, linear: Linear, parts: Mapping[str, Tensor]) -> Tensor:
+        """The values of the codes."""
+        if linear.grid is None:
+            return super().decode(linear, parts)
+        dtype = DTYPES[linear.dtype]
+        return self.grid(parts, linear.grid).dequantize(dtype).to(dtype)
+
+    def stored(
+        self,
+        config: dict[str, Any],
+        module: str,
+        infos: Mapping[str, TensorInfo],
+        dtype: torch.dtype | None,
+        read: Callable[[TensorInfo], Tensor],
+    ) -> Stored:
+        """By the shapes of the tensors, which must be those that follow from them."""
+        if "weight" in infos:
+            raise ValueError("there is a plain weight beside the codes")
+        spec, shapes = self.read_spec(config, module), {suffix: info.shape for suffix, info in infos.items()}
+        where = infos[self.shapes]
+        out, width = self.read_shape(shapes, read(where) if math.prod(where.shape) == 2 else None)
+        if spec.bits not in (2, 3, 4, 8) or spec.group_size < -1 or spec.group_size == 0 or width % spec.width(width):
+            raise ValueError(
+                f"there is no grid of {spec.bits} bits with groups of {spec.group_size} for {width} inputs"
+            )
+        parts = self.parts(out, width, spec)
+        odd = sorted(infos.keys() ^ parts.keys())
+        if odd:
+            raise ValueError(f"{odd[0]} is {'surplus' if odd[0] in infos else 'missing'}")
+        for suffix, (name, wanted) in parts.items():
+            found = infos[suffix]
+            if found.shape != wanted or found.dtype not in ((name,) if name else SCALES):
+                raise ValueError(
+                    f"{suffix} is {found.dtype} {list(found.shape)}, not {name or 'scales'} {list(wanted)}"
+                )
+        scale = infos[self.scales].torch_dtype
+        value = torch.promote_types(scale, dtype) if dtype else scale
+        return Stored(out, width, value, lambda tensors: self.grid(tensors, spec).dequantize(value).to(value))
+
     def parts(self, out: int, width: int, spec: GridSpec) -> dict[str, tuple[str | None, tuple[int, ...]]]:
         """Suffix → dtype (None: that of the scales) and shape of each tensor of a linear (out, width)."""
         raise TypeError(f"{type(self).__name__} must say which tensors it stores")
@@ -96,10 +198,6 @@ class PackedFormat(Format):
     def part(self, suffix: str, grid: Grid) -> Tensor:
         """The tensor of this suffix."""
         raise TypeError(f"{type(self).__name__} must say how it encodes {suffix}")
-
-    def stored_scale(self, scale: Tensor) -> Tensor:
-        """Scales (out, groups) as the tensor `scales` holds them."""
-        return scale
 
     def read_spec(self, config: dict[str, Any], name: str) -> GridSpec:
         """The grid of a linear by a ``quantization_config``. Raises ValueError or KeyError for what is not read."""
@@ -109,7 +207,7 @@ class PackedFormat(Format):
         """(out, in) of a linear by the shapes of its tensors; `stored` is the tensor `shapes` if it has two values."""
         raise TypeError(f"{type(self).__name__} must say how it reads a shape")
 
-    def decode(self, parts: Mapping[str, Tensor], spec: GridSpec) -> Grid:
+    def grid(self, parts: Mapping[str, Tensor], spec: GridSpec) -> Grid:
         """The inverse of `part` for all suffixes together."""
         raise TypeError(f"{type(self).__name__} must say how it decodes")
 
@@ -123,8 +221,9 @@ def known_formats() -> dict[str, Format]:
     """Every format, by the name that a plan uses."""
     from compress.export.compressed_tensors import CompressedTensors
     from compress.export.gptq import GPTQFormat
+    from compress.export.packed import Packed
 
-    return {one.name: one for one in (Format(), GPTQFormat(), CompressedTensors())}
+    return {one.name: one for one in (Format(), GPTQFormat(), CompressedTensors(), Packed())}
 
 
 def split_layers(lock: Lock, form: str) -> list[str]:

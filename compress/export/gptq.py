@@ -15,7 +15,7 @@ import torch
 
 from compress import __version__
 from compress.export.bitstream import pack, unpack, words
-from compress.export.formats import PackedFormat, split_layers
+from compress.export.formats import CodesFormat, split_layers
 from compress.grid import Grid, GridSpec
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ FUSED = {
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel 7.6, the format's reference reader, takes
 
 
-class GPTQFormat(PackedFormat):
+class GPTQFormat(CodesFormat):
     """Codes down the columns, zero-points packed, an index of groups."""
 
     name: ClassVar[str] = "gptq"
+    method: ClassVar[str] = "gptq"
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
-    marker: ClassVar[str] = "qweight"
+    markers: ClassVar[tuple[str, ...]] = ("qweight",)
     scales: ClassVar[str] = "scales"
     shapes: ClassVar[str] = "g_idx"
 
@@ -97,7 +98,7 @@ class GPTQFormat(PackedFormat):
         """A row per group."""
         return scale.T.contiguous()
 
-    def decode(self, parts: Mapping[str, Tensor], spec: GridSpec) -> Grid:
+    def grid(self, parts: Mapping[str, Tensor], spec: GridSpec) -> Grid:
         """A grid from the four tensors, whose groups must be of neighbouring columns."""
         scale = parts["scales"].T.contiguous()
         out, width = scale.shape[0], parts["g_idx"].shape[0]
@@ -131,7 +132,7 @@ class GPTQFormat(PackedFormat):
         assert usual is not None
         version = "gptq" if usual.symmetric else "gptq_v2"
         config: dict[str, Any] = {
-            "quant_method": "gptq",
+            "quant_method": self.method,
             "bits": usual.bits,
             "group_size": usual.group_size,
             "sym": usual.symmetric,

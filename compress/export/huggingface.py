@@ -65,14 +65,6 @@ class FinalTensors:
             for part, kind in (("lora_A", "down"), ("lora_B", "up"))
         }
 
-    def ranks(self) -> dict[str, int]:
-        """The rank of each linear's branch; 0 for none."""
-        found = {}
-        for linear in self.lock.linears:
-            down = self.kept(linear).get(f"{linear.name}:down") if linear.rank else None
-            found[linear.name] = 0 if down is None else down.shape[0]
-        return found
-
     def state(self, block: int) -> dict[str, Tensor]:
         """The journal's tensors of one block."""
         if self._held[0] != block:
@@ -123,13 +115,11 @@ def export(lock: Lock, lock_json: dict[str, Any], tensors: FinalTensors, directo
         (directory / INDEX).write_text(lock.index, encoding="utf-8")
     for path in copied_files(lock.directory, code=lock.plan.model.trust_remote_code):
         shutil.copyfile(path, directory / path.name)
-    ranks = tensors.ranks()
-    branches = lock.adapter(ranks)
-    if branches:
+    if lock.adapter:
         folder = directory / ADAPTER
         folder.mkdir()
-        write_shard(branches, folder, tensors)
-        write_config(lock, ranks, folder, base=lock.plan.run.output.rpartition("/")[2])
+        write_shard(lock.adapter, folder, tensors)
+        write_config(lock, folder, base=lock.plan.run.output.rpartition("/")[2])
     quantization = lock.form.config(lock) if any(lock.form.holds(linear) for linear in lock.linears) else None
     if quantization:
         config = read_json(lock.directory / "config.json") | {"quantization_config": quantization}

@@ -5,7 +5,6 @@ So whatever reads a dense model block by block, `compress eval` first of all, re
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +16,7 @@ from compress.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_json, 
 from compress.errors import ModelError
 from compress.export.adapter import CONFIG, WEIGHTS, Branches
 from compress.export.adapter import FOLDER as ADAPTER
-from compress.export.formats import PackedFormat, known_formats
+from compress.export.formats import PackedFormat, Stored, known_formats
 from compress.hub import load_config
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.architecture import Architecture
-    from compress.grid import GridSpec
-
-SCALES = ("F16", "BF16", "F32")  # the dtypes that scales may have
 
 
 def open_model(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Checkpoint]:
@@ -65,7 +61,7 @@ class DecodedCheckpoint(Checkpoint):
             ModelError: the format is unknown, or tensors and configuration do not belong together.
         """
         super().__init__(directory)
-        formats = {name: form for name, form in known_formats().items() if isinstance(form, PackedFormat)}
+        formats = {form.method: form for form in known_formats().values() if isinstance(form, PackedFormat)}
         method = config.get("quant_method")
         if not isinstance(method, str) or method not in formats:
             raise ModelError(
@@ -73,65 +69,45 @@ class DecodedCheckpoint(Checkpoint):
                 where=str(directory / "config.json"),
                 fix="give an output of compress",
             )
-        self.form = formats[method]
+        self.form = form = formats[method]
         self._coded: dict[str, _Coded] = {}
         if dtype is None:  # the configuration leaves it open: as what is not quantized
-            plain = (info for name, info in self.tensors.items() if name.rpartition(".")[2] not in self.form.suffixes)
+            plain = (info for name, info in self.tensors.items() if name.rpartition(".")[2] not in form.suffixes)
             dtype = next((info.torch_dtype for info in plain if info.torch_dtype.is_floating_point), None)
-        marker = f".{self.form.marker}"
-        for prefix in [name.removesuffix(marker) for name in self.tensors if name.endswith(marker)]:
+        prefixes = (name.rpartition(".") for name in self.tensors)
+        for prefix in dict.fromkeys(prefix for prefix, _, suffix in prefixes if suffix in form.markers):
             module = architecture.parameter_name(f"{prefix}.weight").removesuffix(".weight")
             transposed = module.endswith(tuple(f".{name}" for name in architecture.transposed))
-            parts = {s: self.tensors.get(f"{prefix}.{s}") for s in self.form.suffixes}
+            parts = {s: self.tensors.get(f"{prefix}.{s}") for s in (*form.suffixes, "weight")}
             infos = {suffix: info for suffix, info in parts.items() if info is not None}
             try:
-                spec = self.form.read_spec(config, module)
-                out, width = self._shape(infos, spec)
-                if f"{prefix}.weight" in self.tensors:
-                    raise ValueError("there is a plain weight beside the codes")
+                found = form.stored(config, module, infos, dtype, self._read)
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
                 raise self._wrong(prefix, error) from None
-            scale = infos[self.form.scales].torch_dtype
             for info in infos.values():
                 del self.tensors[info.name]
-            name, value = f"{prefix}.weight", torch.promote_types(scale, dtype) if dtype else scale
-            shape = (width, out) if transposed else (out, width)
-            self.tensors[name] = replace(infos[self.form.marker], name=name, dtype=DTYPE_NAMES[value], shape=shape)
-            self._coded[name] = _Coded(infos, spec, transposed)
+            name, value = f"{prefix}.weight", torch.float32 if found.branch else found.dtype
+            shape = (found.out_features, found.in_features)
+            shape = shape[::-1] if transposed else shape
+            first = next(iter(infos.values()))
+            self.tensors[name] = replace(first, name=name, dtype=DTYPE_NAMES[value], shape=shape)
+            self._coded[name] = _Coded(infos, found, transposed)
 
-    def _shape(self, infos: dict[str, TensorInfo], spec: GridSpec) -> tuple[int, int]:
-        """(out, in) of a linear, whose tensors must have the shapes that follow from it. Raises ValueError."""
-        where = infos[self.form.shapes]
-        shape = read_tensor(self.directory / where.file, where) if math.prod(where.shape) == 2 else None
-        out, width = self.form.read_shape({suffix: info.shape for suffix, info in infos.items()}, shape)
-        if spec.bits not in (2, 3, 4, 8) or spec.group_size < -1 or spec.group_size == 0 or width % spec.width(width):
-            raise ValueError(
-                f"there is no grid of {spec.bits} bits with groups of {spec.group_size} for {width} inputs"
-            )
-        parts = self.form.parts(out, width, spec)
-        odd = sorted(infos.keys() ^ parts.keys())
-        if odd:
-            raise ValueError(f"{odd[0]} is {'surplus' if odd[0] in infos else 'missing'}")
-        for suffix, (dtype, wanted) in parts.items():
-            found = infos[suffix]
-            if found.shape != wanted or found.dtype not in ((dtype,) if dtype else SCALES):
-                raise ValueError(
-                    f"{suffix} is {found.dtype} {list(found.shape)}, not {dtype or 'scales'} {list(wanted)}"
-                )
-        return out, width
+    def _read(self, info: TensorInfo) -> Tensor:
+        return read_tensor(self.directory / info.file, info)
 
     def read(self, name: str) -> Tensor:
-        """One tensor; a weight that is stored as codes is decoded."""
+        """One tensor; a weight that is stored as codes is decoded, and its branch added, in float32."""
         coded = self._coded.get(name)
         if coded is None:
             return super().read(name)
-        parts = {suffix: read_tensor(self.directory / info.file, info) for suffix, info in coded.infos.items()}
+        parts = {suffix: self._read(info) for suffix, info in coded.infos.items()}
         try:
-            grid = self.form.decode(parts, coded.spec)
+            weight = coded.stored.weight(parts)
+            if coded.stored.branch:
+                weight = weight.float() + coded.stored.branch(parts)
         except ValueError as error:
             raise self._wrong(name.removesuffix(".weight"), error) from None
-        dtype = self.tensors[name].torch_dtype
-        weight = grid.dequantize(dtype).to(dtype)
         return weight.T.contiguous() if coded.transposed else weight
 
     def _wrong(self, prefix: str, error: Exception) -> ModelError:
@@ -179,8 +155,8 @@ class BranchedCheckpoint(Checkpoint):
 
 
 class _Coded(NamedTuple):
-    """How a linear is stored: its tensors by suffix, its grid, and whether the plain weight would be (in, out)."""
+    """A linear: its tensors by suffix, what they hold, and whether the plain weight would be (in, out)."""
 
     infos: dict[str, TensorInfo]
-    spec: GridSpec
+    stored: Stored
     transposed: bool

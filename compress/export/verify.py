@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from compress.checkpoint import DTYPES, MASKS, Checkpoint
 from compress.errors import RunError
 from compress.export.adapter import FOLDER as ADAPTER
-from compress.export.formats import PackedFormat
 from compress.state import kept_weight, unpack_bits
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def verify(tensors: FinalTensors, directory: Path) -> tuple[int, int]:
         odd = sorted(written ^ expected)[0]
         raise _differs(odd, directory, "is in only one of lock and output")
     files = {slot.name: directory / shard.file for shard in lock.shards for slot in shard.slots}
-    branches = lock.adapter(tensors.ranks())
+    branches = lock.adapter
     shards = [*lock.shards, *([branches] if branches else [])]
     if branches:
         files |= {slot.name: directory / ADAPTER / branches.file for slot in branches.slots}
@@ -61,15 +60,8 @@ def _verify_linear(linear: Linear, tensors: FinalTensors, files: dict[str, Path]
     """Decode a linear from its files: it must be `effective()`, and 0 where its mask prunes."""
     form = tensors.lock.form
     parts = {slot.name: read_independently(files[slot.name], slot.name) for slot in form.slots(linear)}
-    dtype = DTYPES[linear.dtype]
-    if isinstance(form, PackedFormat) and linear.grid is not None:
-        by_suffix = {name.rpartition(".")[2]: part for name, part in parts.items()}
-        weight = form.decode(by_suffix, linear.grid).dequantize(dtype).to(dtype)
-    else:
-        (stored,) = parts.values()
-        weight = stored.T if linear.transposed else stored
-    kept = tensors.kept(linear)
-    if not same_bits(weight, kept_weight(linear.name, kept, dtype)):
+    weight = form.decode(linear, {name.rpartition(".")[2]: part for name, part in parts.items()})
+    if not same_bits(weight, kept_weight(linear.name, tensors.kept(linear), DTYPES[linear.dtype])):
         raise _differs(linear.name, directory, "decodes to another weight than was evaluated")
     packed = tensors.mask(linear)
     if packed is not None and bool((weight[~unpack_bits(packed, linear.in_features)] != 0).any()):

@@ -39,7 +39,7 @@ from compress.errors import PlanError, RunError
 from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Survey
 from compress.passes.bit_budget import allocate
 from compress.passes.eora import balanced, left_singular
-from compress.grid import Grid, GridSpec, ScaleCodes, normal_float
+from compress.grid import Grid, GridSpec, ScaleCodes, ScaleSpec, normal_float
 from compress.state import LowRank
 
 if TYPE_CHECKING:
@@ -129,7 +129,8 @@ class LQLoRA(LinearPass):
         """The grid; None under a budget, which finds each linear's before the first is quantized."""
         if self.budget is not None:
             return None
-        return GridSpec(self.bits, self.group_size, symmetric=True, scale_dtype=torch.float32, kind="nf")
+        second = ScaleSpec(self.scale_bits, self.scale_group, _dtype(self.second_dtype))
+        return GridSpec(self.bits, self.group_size, scale_dtype=torch.float32, kind="nf", second=second)
 
     def added_rank(self) -> int | None:
         """The branch's; under a budget for ranks, the largest."""
