@@ -165,9 +165,8 @@ def unpack_positions(positions: Tensor, in_features: int) -> Tensor:
     if len(wrong):
         row, group = wrong[0].tolist()
         first, second = int(nibbles[row, group]) & 3, int(nibbles[row, group]) >> 2
-        raise ValueError(
-            f"positions: row {row}, columns {4 * group} to {4 * group + 3}: {first}, {second} do not ascend"
-        )
+        where = f"positions: row {row}, columns {4 * group} to {4 * group + 3}"
+        raise ValueError(f"{where}: {first} and {second} do not ascend")
     shifts = torch.arange(4, dtype=torch.uint8, device=positions.device)
     return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1).bool()
 
