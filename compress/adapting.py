@@ -29,7 +29,6 @@ Form = Literal["fixed", "lora", "lora-prune", "masklora", "scalelora", "weights"
 class AdaptedLinear(nn.Module):
     """Stands for a linear, or for transformers' Conv1D, while a pass trains."""
 
-    weight: Tensor
     kept: Tensor | None
     steps: Tensor
     bias: nn.Parameter | None
@@ -52,7 +51,7 @@ class AdaptedLinear(nn.Module):
         self.factor = alpha / rank
         base = state.base()
         self.bias = None if bias is None else nn.Parameter(bias.float().clone(), requires_grad=False)
-        self.register_buffer("weight", base, persistent=False)
+        self.weight = nn.Parameter(base, requires_grad=False)
         self.register_buffer("kept", state.mask, persistent=False)
         branch = state.low_rank
         if branch is not None:  # at the factor 1, whatever alpha is

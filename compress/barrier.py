@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compress.adapting import AdaptedLinear, Form
 from compress.checkpoint import Shard, lay_out, slots_of, write_shard
+from compress.distributed import World, whole
 from compress.errors import CompressError
 from compress.invariants import check_invariants
 from compress.memory import peak_memory
@@ -44,6 +45,7 @@ class WholeModel:
         states: linear → state, for the linears that the pass targets.
         tokens: the calibration set.
         store: keeps a training's state in the journal.
+        world: the processes that train together.
         changed: names of parameters outside linears' weights that the pass changed.
     """
 
@@ -53,6 +55,7 @@ class WholeModel:
     tokens: TokenSet
     device: torch.device
     store: TrainingStore
+    world: World
     changed: set[str] = field(default_factory=set)
 
     def adapt(self, form: Form, *, rank: int, alpha: float, seed: int) -> dict[str, AdaptedLinear]:
@@ -99,6 +102,21 @@ class WholeModel:
 
     def _blocks(self, module: nn.Module) -> list[nn.Module]:
         return list(module.get_submodule(self.lock.architecture.blocks).children())
+
+    def shard(self, teacher: nn.Module | None) -> None:
+        """Have each process keep a share of the model, and of the dense one."""
+        for module in (self.module, *([teacher] if teacher else [])):
+            self.world.shard(module, self._blocks(module))
+
+    def finish(self, modules: dict[str, AdaptedLinear]) -> None:
+        """Settle the states of linears, block by block."""
+        prefix = self.lock.architecture.blocks
+        for number, block in enumerate(self._blocks(self.module)):
+            self.world.gather(block)
+            for name, module in modules.items():
+                if name.startswith(f"{prefix}.{number}."):
+                    module.finish()
+            self.world.scatter(block)
 
     def dense(self) -> nn.Module:
         """The model as it came, a second one in memory."""
@@ -148,6 +166,9 @@ class Barrier:
         """Build the model, apply the pass, and commit what it made of every block."""
         if len(self.work.entries("block", sweep=self.number)) == self.lock.blocks:
             return
+        self.work.flush()
+        self.run.world.announce(self.number)
+        self.run.world.together = True
         self.run.progress.sweep(self.number, len(self.lock.sweeps), 0, [self.one.use()])
         base = self.lock.begins_with(self.number)
         before = {block: self.run.kept(base, block) for block in range(self.lock.blocks)}
@@ -165,7 +186,10 @@ class Barrier:
         seconds = time.perf_counter() - began
         parameters = dict(model.module.named_parameters(remove_duplicate=False))
         touched = {id(parameters[name]) for name in model.changed}  # a tied one goes by both of its names
-        changed = {name: p.detach() for name, p in sorted(parameters.items()) if id(p) in touched}
+        changed = {name: whole(p.detach()) for name, p in sorted(parameters.items()) if id(p) in touched}
+        self.run.world.together = False
+        if self.run.world.rank:
+            return  # the first process commits
         self._commit_outside(outside, changed)
         for block in range(self.lock.blocks):
             if not self.work.entries("block", sweep=self.number, block=block):  # a killed run got so far
@@ -191,7 +215,8 @@ class Barrier:
                 parent, _, leaf = linear.name.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, fixed)
         assert self.run.tokens is not None
-        return WholeModel(lock, module, states, self.run.tokens, self.mode.device, TrainingStore(self.run, self.number))
+        store = TrainingStore(self.run, self.number)
+        return WholeModel(lock, module, states, self.run.tokens, self.mode.device, store, self.run.world)
 
     def _commit_outside(self, outside: dict[str, Tensor], changed: dict[str, Tensor]) -> None:
         """Parameters that belong to no block, as files will hold them."""

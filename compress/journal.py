@@ -29,8 +29,8 @@ Entry = dict[str, Any]
 class Workspace:
     """The work directory of one output, locked for one process."""
 
-    def __init__(self, output: Path) -> None:
-        """Create or reopen the work directory, and lock it.
+    def __init__(self, output: Path, *, following: bool = False) -> None:
+        """Create or reopen the work directory, and lock it; `following`: only read what another process writes.
 
         Raises:
             OutputError: it cannot be created, or another run holds it.
@@ -38,16 +38,18 @@ class Workspace:
         self.output = output
         self.directory = work_directory(output)
         self.staging = self.directory / "output"
+        self.following = following
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = self._acquire()
+            if not following:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = -1 if following else self._acquire()
         except OSError as error:
             raise OutputError(
                 f"cannot write beside the output: {error.strerror or error}",
                 where=str(output),
                 fix="choose an output on a disk that can be written",
             ) from None
-        self._entries: list[Entry] = list(self._read())
+        self._entries: list[Entry] = [] if following else list(self._read())
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._pending: list[Future[object]] = []
         self._failure: BaseException | None = None  # of the writing thread
@@ -98,8 +100,12 @@ class Workspace:
                     break
                 good += len(line)
                 yield json.loads(payload)
-        if good < self._journal.stat().st_size:
+        if good < self._journal.stat().st_size and not self.following:
             os.truncate(self._journal, good)
+
+    def reread(self) -> None:
+        """Take up what the process that writes has written since."""
+        self._entries = list(self._read())
 
     def entries(self, kind: str, **wanted: Any) -> list[Entry]:
         """The lines of one kind that have these values, in order."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from compress.calibration.fisher import diagonal_fisher
 from compress.calibration.plan_source import make_tokens
 from compress.calibration.tokens import TokenSet
 from compress.checkpoint import Shard, TensorInfo, lay_out, read_file, read_header, read_tensor, slots_of, write_shard
+from compress.distributed import World
 from compress.errors import OutputError, PlanError, RunError
 from compress.estimate import Mode, check_disk, choose_mode
 from compress.export.huggingface import FinalTensors, export
@@ -29,7 +30,7 @@ from compress.memory import reset_peak_memory, tame_allocator
 from compress.outcome import assemble, emitted_lock, finished_report, identity, publish_report
 from compress.passes.eora import EoRA, spend
 from compress.progress import Progress
-from compress.report import Report, VerifiedInfo
+from compress.report import Report, VerifiedInfo, load_report
 from compress.state import cut_ranks
 from compress.sweep import Sweep
 from compress.walk import batch_rows
@@ -62,7 +63,24 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
     progress.phase("check")
     lock = compile_plan(plan)
     mode = choose_mode(lock)
-    output = plan.resolve(plan.run.output)
+    world = World(mode.device)
+    mode = replace(mode, device=world.device)
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")  # decision D5: no TF32 in statistics
+        with torch.no_grad():
+            return (_follow if world.rank else _lead)(lock, mode, world, progress, restart, overwrite)
+    finally:
+        world.announce(None)
+        progress.end_phase()
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def _lead(lock: Lock, mode: Mode, world: World, progress: Progress, restart: bool, overwrite: bool) -> Report:
+    """The run of the first process, or of the only one."""
+    output = lock.plan.resolve(lock.plan.run.output)
     known = identity(lock, mode.device)
     finished = finished_report(lock, known, output, overwrite=overwrite)
     if finished:
@@ -72,12 +90,8 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
         return finished
     check_disk(lock)
     workspace = Workspace(output)
-    threads = torch.get_num_threads()
-    precision = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("highest")  # decision D5: no TF32 in statistics
-        with torch.no_grad():
-            return Execution(lock, mode, workspace, progress, known, restart=restart).carry_out()
+        return Execution(lock, mode, workspace, progress, known, restart, world).carry_out()
     except OutputError:
         raise  # the journal found there is another run's
     except PlanError:
@@ -90,10 +104,22 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
             fix="free some space or mend the disk, then run the same command: it resumes",
         ) from error
     finally:
-        progress.end_phase()
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
         workspace.close()
+
+
+def _follow(lock: Lock, mode: Mode, world: World, progress: Progress, restart: bool, overwrite: bool) -> Report:
+    """The run of another process: it takes part where the first one calls it."""
+    output = lock.plan.resolve(lock.plan.run.output)
+    work = Workspace(output, following=True)
+    run = Execution(lock, mode, work, Progress(), {}, False, world)
+    lock.skeleton.to(mode.device, mode.dtype)
+    while (number := world.hear()) is not None:
+        work.reread()
+        torch.set_num_threads(work.entries("threads")[0]["threads"])
+        run.take_part(number)
+    if not (output / "report.json").is_file():
+        raise RunError("the first process of the run failed", where=f"process {world.rank}", fix="see its message")
+    return load_report(output)
 
 
 @dataclass
@@ -106,6 +132,7 @@ class Execution:
     progress: Progress
     identity: dict[str, str]
     restart: bool
+    world: World
     tokens: TokenSet | None = None
     resumed: int = 0
     rows: list[int] = field(default_factory=list)
@@ -126,7 +153,7 @@ class Execution:
             self.tokens = self._calibration()
             self.rows = batch_rows(len(self.tokens.ids), self.tokens.ids.shape[1], self.mode.device)
         for number in range(len(self.lock.sweeps)):
-            self.skeleton.replaced = {n.rpartition(":")[0]: t for n, t in self.kept_outside(number - 1).items()}
+            self._replace_outside(number)
             self._make_fisher(number)
             (Barrier if self.lock.is_barrier(number) else Sweep)(self, number).carry_out()
             self._allocate(number)
@@ -148,6 +175,16 @@ class Execution:
         self.work.publish()
         self.progress.phases["total"] = time.perf_counter() - began
         return report
+
+    def take_part(self, number: int) -> None:
+        """Join the first process at a barrier."""
+        self.tokens = self._calibration()
+        self._replace_outside(number)
+        Barrier(self, number).carry_out()
+
+    def _replace_outside(self, sweep: int) -> None:
+        """Have the skeleton use what the sweeps before made of what belongs to no block."""
+        self.skeleton.replaced = {n.rpartition(":")[0]: t for n, t in self.kept_outside(sweep - 1).items()}
 
     def _begin(self) -> None:
         """Start or resume the journal; a file it vouches for that is damaged drops its sweep."""

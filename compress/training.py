@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from pydantic import Field
 
+from compress.distributed import Share, like, local, whole
 from compress.errors import RunError
 from compress.passes.base import SettingError
 from compress.settings import Settings
@@ -104,6 +105,7 @@ def train(
     samples: int,
     settings: Training,
     store: Store,
+    share: Share | None = None,
 ) -> dict[str, float]:
     """Train `parameters` in place; at the end they have the values that were best on the held-out samples.
 
@@ -113,6 +115,7 @@ def train(
         samples: how many there are.
         settings: of the loop.
         store: keeps the state every `evaluate_every` steps.
+        share: what of each batch this process takes, where there are several.
 
     Returns:
         numbers for the ledger: steps, first and best held-out loss (or training loss without held-out samples).
@@ -121,6 +124,7 @@ def train(
         RunError: a loss or a gradient is not finite; the last good state is kept.
         SettingError: nothing is left to train on.
     """
+    share = share or Share()
     chosen, held = settings.split(samples)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
@@ -132,16 +136,16 @@ def train(
         numbers = dict(found[1])  # the journal's own stays
         _restore(parameters, optimizer, best, found[0])
     else:
-        numbers["first"] = numbers["best"] = _held_out(loss, held, settings, 0) if len(held) else math.inf
+        numbers["first"] = numbers["best"] = _held_out(loss, held, settings, 0, share) if len(held) else math.inf
     step = int(numbers["step"])
     running = math.nan
     while step < settings.steps and numbers["waited"] < settings.patience:
-        running = _step(parameters, optimizer, loss, chosen, settings, step)
+        running = _step(parameters, optimizer, loss, chosen, settings, step, share)
         if not math.isfinite(numbers["first"]):
             numbers["first"] = running
         step += 1
         if step % settings.evaluate_every == 0 or step == settings.steps:
-            watched = _held_out(loss, held, settings, step) if len(held) else running
+            watched = _held_out(loss, held, settings, step, share) if len(held) else running
             if watched < numbers["best"] or not len(held):
                 numbers["best"], numbers["waited"] = watched, 0.0
                 for name, p in parameters.items():
@@ -164,6 +168,7 @@ def _step(
     chosen: Tensor,
     settings: Training,
     step: int,
+    share: Share,
 ) -> float:
     """One step of the optimizer; returns the mean loss."""
     for group in optimizer.param_groups:
@@ -171,18 +176,18 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in range(settings.accumulation):
-        indices = settings.batch(chosen, step * settings.accumulation + part)
+        indices, weight = share.part(settings.batch(chosen, step * settings.accumulation + part))
         with torch.enable_grad(), _precision(settings, next(iter(parameters.values())).device):
-            value = loss(indices) / settings.accumulation
-        if not bool(torch.isfinite(value)):
-            raise _not_finite(f"the loss is {value.item():g}", step, None)
+            value = loss(indices) * (weight / settings.accumulation)
+        mean = share.mean(float(value.detach()))
+        if not math.isfinite(mean):
+            raise _not_finite(f"the loss is {mean:g}", step, None)
         value.backward()  # type: ignore[no-untyped-call]
-        total += float(value.detach())
-    wrong = next(
-        (n for n, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())), None
-    )
-    if wrong is not None:
-        raise _not_finite("a gradient is not finite", step, wrong)
+        total += mean
+    gradients = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
+    wrong = next((name for name, one in gradients.items() if not bool(torch.isfinite(one).all())), None)
+    if share.mean(float(wrong is not None)):
+        raise _not_finite("a gradient is not finite", step, wrong or "in another process")
     torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm, foreach=False)
     optimizer.step()
     return total
@@ -194,12 +199,13 @@ def _precision(settings: Training, device: torch.device) -> AbstractContextManag
     return nullcontext()
 
 
-def _held_out(loss: Callable[[Tensor], Tensor], held: Tensor, settings: Training, step: int) -> float:
+def _held_out(loss: Callable[[Tensor], Tensor], held: Tensor, settings: Training, step: int, share: Share) -> float:
     """The mean loss over the held-out samples, after so many steps."""
     total = 0.0
     with torch.no_grad():
         for some in torch.split(held, settings.batch_size):
-            total += float(loss(some)) * len(some)
+            mine, weight = share.part(some)
+            total += share.mean(float(loss(mine)) * weight) * len(some)
     mean = total / len(held)
     if not math.isfinite(mean) and step:
         raise _not_finite(f"the held-out loss is {mean:g}", step - 1, None)
@@ -216,9 +222,9 @@ def _state(
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, p in parameters.items():
-        tensors |= {f"{name}:now": p.detach(), f"{name}:best": best[name]}
+        tensors |= {f"{name}:now": whole(p.detach()), f"{name}:best": whole(best[name])}
         for key, value in optimizer.state[p].items():
-            tensors[f"{name}:{key}"] = torch.as_tensor(value)
+            tensors[f"{name}:{key}"] = whole(torch.as_tensor(value))
     return tensors
 
 
@@ -230,10 +236,11 @@ def _restore(
 ) -> None:
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(tensors[f"{name}:now"])
-            best[name].copy_(tensors[f"{name}:best"])
-            kept = {"step", "exp_avg", "exp_avg_sq"}
-            optimizer.state[p] = {key: tensors[f"{name}:{key}"].clone() for key in kept if f"{name}:{key}" in tensors}
+            p.copy_(like(tensors[f"{name}:now"], p))
+            best[name].copy_(like(tensors[f"{name}:best"], p))
+            if f"{name}:step" in tensors:
+                moments = {key: like(tensors[f"{name}:{key}"].clone(), p) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": tensors[f"{name}:step"].clone(), **moments}
 
 
 def _not_finite(what: str, step: int, name: str | None) -> RunError:

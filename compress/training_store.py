@@ -37,7 +37,9 @@ class TrainingStore:
         return None
 
     def save(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
-        """Write the state; the one before stays until the next."""
+        """Write the state; the one before stays until the next. Only the first process does."""
+        if self.run.world.rank:
+            return
         path = self._file(len(self._entries()))
         (shard,) = lay_out(slots_of({name: t.cpu() for name, t in tensors.items()}), 1 << 62)
         checksum = write_shard(Shard(path.name, shard.slots), path.parent, {n: t.cpu() for n, t in tensors.items()})

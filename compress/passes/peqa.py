@@ -21,8 +21,8 @@ from compress.calibration.plan_source import make_tokens
 from compress.calibration.sources import SUFFIXES
 from compress.errors import nearest
 from compress.passes.base import Invariant, ModelPass, Note, Pass, SettingError
-from compress.passes.perp import PERP, _Comparison
-from compress.training import Training, train
+from compress.end_to_end import Loss, train_whole
+from compress.training import Training
 
 if TYPE_CHECKING:
     from compress.barrier import WholeModel
@@ -102,16 +102,7 @@ class PEQA(Training, ModelPass):
     def apply_model(self, model: WholeModel) -> dict[str, Note]:
         """Train all scales together."""
         modules = model.adapt("scales", rank=1, alpha=1.0, seed=self.seed)
-        parameters = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.trained()}
-        if self.gradient_checkpointing:
-            model.checkpoint_blocks()
-        teacher = model.dense() if self.distill else None
-        compare = _Comparison(PERP(distill=self.distill, temperature=self.temperature), model, teacher)
         tokens = model.tokens if self.source is None else make_tokens(model.lock, model.device, self.source)
-        ids, mask = tokens.ids, tokens.mask
-        numbers = train(parameters, lambda chosen: compare.loss(ids[chosen], mask[chosen]), len(ids), self, model.store)
-        for module in modules.values():
-            module.finish()
-        trained = sum(p.numel() for p in parameters.values())
+        trained, numbers = train_whole(model, modules, {}, self, Loss(self.distill, self.temperature), tokens)
         detail = f"{trained:,} scales, loss {numbers['first']:.4f} to {numbers['best']:.4f}"
         return {name: {"detail": detail} for name in modules}

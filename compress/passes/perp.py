@@ -3,12 +3,7 @@
 What may learn: `norms`, `biases`, `embeddings`, `head`, `low_rank` (in the forms of `compress.adapting`) or `weights`
 (every weight that a mask leaves). Masks stay bit for bit; on a grid only a branch beside it may learn.
 
-`mode = "end-to-end"` minimizes, over the calibration set,
-
-    L = (1 − distill) · CE(tokens) + distill · T² · KL(p_dense^T ‖ p^T) + hidden · mean_k ‖h_k − h_k^dense‖² / ‖h_k^dense‖²
-
-with p^T the softmax of logits / T (Hinton et al. 2015, arXiv 1503.02531) and h_k the outputs of the blocks. The dense
-model is a second one in memory where distill or hidden ask for it.
+`mode = "end-to-end"` minimizes the loss of `compress.end_to_end` over the calibration set.
 
 `mode = "reconstruct"` trains block by block in a sweep, with ``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²``, x the inputs that the
 compressed blocks before it give (section 3.2 of the paper): no more than two blocks are ever in memory.
@@ -18,15 +13,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from compress.adapting import AdaptedLinear, Form, kind_of
 from compress.passes.base import BlockPass, BlockState, Invariant, ModelPass, Note, SettingError, Statistics
+from compress.end_to_end import Loss, train_whole
 from compress.training import Training, train
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from compress.architecture import Architecture
     from compress.barrier import WholeModel
     from compress.lock import Lock
@@ -136,23 +132,10 @@ class PERP(Training, BlockPass, ModelPass):
         """Retrain the whole model."""
         modules = model.adapt(self.form, rank=self.rank, alpha=self._alpha(), seed=self.seed)
         others = self._others(model, modules)
-        parameters = self._adapted(modules, others)
-        if not parameters:
+        if not self._adapted(modules, others):
             raise _nothing(self.train)
-        for p in parameters.values():
-            p.requires_grad_(True)
-        if self.gradient_checkpointing:
-            model.checkpoint_blocks()
-        teacher = model.dense() if self.distill or self.hidden else None
-        ids, mask = model.tokens.ids, model.tokens.mask
-        compare = _Comparison(self, model, teacher)
-        numbers = train(parameters, lambda chosen: compare.loss(ids[chosen], mask[chosen]), len(ids), self, model.store)
-        for p in parameters.values():
-            p.requires_grad_(False)
-        for module in modules.values():
-            module.finish()
-        model.changed |= set(others)
-        trained = sum(p.numel() for p in parameters.values())
+        loss = Loss(self.distill, self.temperature, self.hidden)
+        trained, numbers = train_whole(model, modules, others, self, loss, model.tokens)
         detail = f"{trained:,} trained, loss {numbers['first']:.4f} to {numbers['best']:.4f}"
         return {name: {"detail": detail} for name in modules}
 
@@ -204,35 +187,3 @@ class PERP(Training, BlockPass, ModelPass):
 def _nothing(names: tuple[str, ...]) -> SettingError:
     problem = f"the model has nothing of {', '.join(names)} to train"
     return SettingError(problem, 'add "norms" or "low_rank" to "train"', ("train",))
-
-
-class _Comparison:
-    """The loss of an end-to-end training."""
-
-    def __init__(self, settings: PERP, model: WholeModel, teacher: nn.Module | None) -> None:
-        self.settings, self.model, self.teacher = settings, model, teacher
-
-    def loss(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The mean over predicted real tokens of samples (rows, length)."""
-        settings, device = self.settings, self.model.device
-        logits, states = self.model.logits(ids, hidden=settings.hidden > 0)
-        targets, real = ids[:, 1:].to(device), mask[:, 1:].to(device)  # padding is on the right: a target is real or not
-        student = logits[:, :-1][real].float()
-        total = torch.zeros((), device=device)
-        if settings.distill < 1:
-            total = total + (1 - settings.distill) * nn.functional.cross_entropy(student, targets[real])
-        if self.teacher is None:
-            return total
-        with torch.no_grad():
-            dense, wanted = self.model.logits(ids, hidden=settings.hidden > 0, of=self.teacher)
-        if settings.distill > 0:
-            T = settings.temperature
-            p = (dense[:, :-1][real].float() / T).log_softmax(-1)
-            q = (student / T).log_softmax(-1)
-            total = total + settings.distill * T * T * nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
-        if settings.hidden > 0:
-            whole = mask.to(device)
-            pairs = zip(states, wanted, strict=True)
-            gaps = [(a[whole] - b[whole]).square().sum() / b[whole].square().sum() for a, b in pairs]
-            total = total + settings.hidden * torch.stack(gaps).mean()
-        return total

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress import barrier, pipeline
+from compress import barrier, end_to_end, pipeline
 from compress.calibration.tokens import TokenSet
 from compress.journal import Workspace
 from compress.lock import compile_plan
@@ -99,19 +99,22 @@ class Watch:
         self.during: Callable[[Any], None] = lambda settings: None
         original = perp.train
 
-        def watched(parameters: Any, loss: Any, samples: int, settings: Any, store: Any) -> dict[str, float]:
+        def watched(
+            parameters: Any, loss: Any, samples: int, settings: Any, store: Any, *share: Any
+        ) -> dict[str, float]:
             every = torch.arange(samples)
             self.names.append(set(parameters))
             self.sizes.append(sum(p.numel() for p in parameters.values()))
             self.during(store)
             with torch.no_grad():
                 before = float(loss(every))
-                numbers = original(parameters, loss, samples, settings, store)
+                numbers = original(parameters, loss, samples, settings, store, *share)
                 self.losses.append((before, float(loss(every))))
             self.numbers.append(numbers)
             return numbers
 
-        monkeypatch.setattr(perp, "train", watched)
+        for module in (perp, end_to_end):
+            monkeypatch.setattr(module, "train", watched)
 
 
 @pytest.fixture
@@ -402,7 +405,7 @@ def comparison(
     """The loss of a pruned model on padded samples, before training; that model, the dense one, tokens and mask."""
     seen: list[Any] = []
 
-    def look(parameters: Any, loss: Any, samples: int, settings: Any, store: Any) -> dict[str, float]:
+    def look(parameters: Any, loss: Any, samples: int, settings: Any, store: Any, share: Any) -> dict[str, float]:
         seen.append(float(loss(torch.arange(samples))))
         return {"first": 0.0, "best": 0.0}
 
@@ -417,7 +420,7 @@ def comparison(
         seen.append(self.tokens)
         return original(self, *arguments, **keywords)
 
-    monkeypatch.setattr(perp, "train", look)
+    monkeypatch.setattr(end_to_end, "train", look)
     monkeypatch.setattr(barrier.WholeModel, "adapt", adapt)
     one = PERP(train=("norms",), **settings)
     output = source / f"loss-{len(list(source.iterdir()))}"
