@@ -56,7 +56,9 @@ def run_plan(plan: Path, /, *, restart: bool = False, overwrite: bool = False) -
     from compress.report import print_summary
 
     loaded = load_plan(plan)
-    report = run(loaded, progress=Progress(out), restart=restart, overwrite=overwrite)
+    report = run(loaded, progress=None if _follows() else Progress(out), restart=restart, overwrite=overwrite)
+    if _follows():
+        return
     print_summary(report, out)
     _print_line(f"output {loaded.resolve(loaded.run.output)}")
     _print_line(f"report {loaded.resolve(loaded.run.output) / 'report.html'}")
@@ -204,6 +206,11 @@ def schema() -> None:
     _print_json(json_schema())
 
 
+def _follows() -> bool:
+    """Whether this is one of several processes and not the first, which speaks for all."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
 def _print_line(text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)  # names may hold [brackets]
 
@@ -229,6 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print("fix: see compress --help", highlight=False, markup=False)
         return 2
     except CompressError as error:
+        if _follows():
+            return error.exit_code
         errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:

@@ -24,15 +24,6 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(days=7)  # for the first process: a sweep over a large model takes long
 
 
-def rank() -> int:
-    """The number of this process among those of the run, from 0; torchrun says it."""
-    return int(os.environ.get("RANK", "0")) if _size() > 1 else 0
-
-
-def _size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 class World:
     """The processes of a run. One alone needs nothing of it, and every method is then the identity.
 
@@ -44,10 +35,11 @@ class World:
 
     def __init__(self, device: torch.device) -> None:
         """Meet the other processes, where torchrun has started some. `device`: the kind that the plan asks for."""
-        self.rank, self.size, self.device = rank(), _size(), device
+        self.rank, self.size, self.device = 0, int(os.environ.get("WORLD_SIZE", "1")), device
         self.together = False  # while all of them compute: then a message would not be heard
         if self.size == 1:
             return
+        self.rank = int(os.environ["RANK"])
         from accelerate import PartialState
 
         state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)

@@ -37,12 +37,13 @@ from compress.report import (
 from compress.state import unpack_bits
 
 if TYPE_CHECKING:
+    from compress.distributed import World
     from compress.export.huggingface import FinalTensors
     from compress.lock import Lock
     from compress.pipeline import Execution
 
 
-def identity(lock: Lock, device: torch.device) -> dict[str, str]:
+def identity(lock: Lock, world: World) -> dict[str, str]:
     """What a journal must agree on to be resumed, by the name a refusal gives it. Reads every weight once."""
     plan = json.dumps(lock.plan.canonical(), sort_keys=True)
     model = config_digest(lock.directory) + lock.checkpoint.digest() + lock.skeleton.digest()
@@ -51,7 +52,8 @@ def identity(lock: Lock, device: torch.device) -> dict[str, str]:
         "model": hashlib.sha256(model.encode()).hexdigest(),
         "data": source_digest(lock),
         "version": f"compress {__version__}, torch {torch.__version__}, transformers {version('transformers')}",
-        "device": device.type,
+        "device": world.device.type,
+        "number of processes": str(world.size),
     }
 
 

@@ -81,7 +81,7 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
 def _lead(lock: Lock, mode: Mode, world: World, progress: Progress, restart: bool, overwrite: bool) -> Report:
     """The run of the first process, or of the only one."""
     output = lock.plan.resolve(lock.plan.run.output)
-    known = identity(lock, mode.device)
+    known = identity(lock, world)
     finished = finished_report(lock, known, output, overwrite=overwrite)
     if finished:
         if work_directory(output).is_dir():  # a kill between the last two steps left it

@@ -1,0 +1,207 @@
+"""Real processes train what one process trains; they end together, and resume with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.distributed import Share, World
+from compress.export.reader import open_model
+from tests.conftest import ROOT, files_of, tiny_directory
+
+PLAN = """\
+[model]
+path = "model"
+[calibration]
+source = "text.txt"
+samples = 11
+length = 24
+packing = "documents"
+[run]
+output = "{output}"
+device = "cpu"
+threads = 1
+[[pass]]
+use = "wanda"
+pattern = "2:4"
+"""
+TRAIN = """\
+[[pass]]
+use = "perp"
+train = ["norms", "low_rank", "embeddings"]
+variant = "masklora"
+rank = 2
+steps = 6
+batch_size = 3
+accumulation = 2
+learning_rate = 1e-2
+evaluate_every = 2
+distill = 0.5
+gradient_checkpointing = true
+[[pass]]
+use = "rtn"
+bits = 8
+group_size = 16
+[[pass]]
+use = "perp"
+train = ["low_rank"]
+steps = 3
+batch_size = 1
+evaluate_every = 2
+"""
+LONG = '[[pass]]\nuse = "perp"\ntrain = ["norms"]\nsteps = 400\nbatch_size = 4\nevaluate_every = 5\npatience = 100\n'
+
+
+def source(folder: Path) -> None:
+    """A model in float32, and documents of different lengths."""
+    tiny_directory(folder / "model", "llama", blocks=2, dtype=torch.float32)
+    words = (folder / "text.txt").read_text(encoding="utf-8").split()
+    lengths = [4 + 7 * (n % 5) for n in range(60)]
+    documents = [" ".join(words[(5 * n) % 400 :][:length]) for n, length in enumerate(lengths)]
+    lines = [json.dumps({"text": document}) for document in documents]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def start(folder: Path, output: str, processes: int, passes: str) -> subprocess.Popen[str]:
+    text = (PLAN + passes).replace("{output}", output).replace("text.txt", "text.jsonl")
+    (folder / f"{output}.toml").write_text(text, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "compress", f"{output}.toml"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=folder, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
+    )
+
+
+def run(folder: Path, output: str, processes: int, passes: str) -> tuple[int, str, str]:
+    process = start(folder, output, processes, passes)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def compare(first: Path, second: Path) -> None:
+    """Equal masks; weights, embeddings and branches that differ by what the order of additions in float32 makes."""
+    _, one = open_model(first)
+    _, other = open_model(second)
+    for name in one.tensors:
+        a, b = one.read(name).double(), other.read(name).double()
+        assert torch.equal(a == 0, b == 0) or "weight" not in name or "proj" not in name, name
+        assert float((a - b).abs().max()) <= 2e-3 * float(a.abs().max()), name  # AdamW divides by small gradients
+        assert float((a - b).norm()) <= 2e-4 * float(a.norm()), name
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_train_what_one_trains(processes: int, tmp_path: Path) -> None:
+    source(tmp_path)
+    status, _, err = run(tmp_path, "alone", 1, TRAIN)
+    assert status == 0, err
+    status, out, err = run(tmp_path, "several", processes, TRAIN)
+    assert status == 0, err
+    assert out.count("read back, equal bit for bit") == 2  # the first process alone tells of it: once in the summary
+    compare(tmp_path / "alone", tmp_path / "several")
+
+
+@pytest.mark.slow
+def test_a_divergence_ends_all_of_them_with_one_message(tmp_path: Path) -> None:
+    source(tmp_path)
+    wild = TRAIN.replace("learning_rate = 1e-2", "learning_rate = 1e30")
+    status, _, err = run(tmp_path, "out", 2, wild)
+    assert status != 0
+    assert err.count("error: perp") == 1
+    assert "training diverged" in err
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.compress" / "journal.jsonl").exists()
+
+
+def journal(folder: Path, output: str) -> list[str]:
+    path = folder / f".{output}.compress" / "journal.jsonl"
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def processes_of(group: int) -> list[int]:
+    """The processes of a session that carry out a plan, by their rank."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        if not path.name.isdecimal():
+            continue
+        try:
+            inside = os.getsid(int(path.name)) == group
+            pairs = (path / "environ").read_text().split("\0") if inside else []
+        except OSError:  # it ended, or is not ours
+            continue
+        environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        if "LOCAL_RANK" in environment:
+            found[int(environment["RANK"])] = int(path.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_death_of_one_ends_the_run_and_the_same_command_resumes_it(victim: int, tmp_path: Path) -> None:
+    """Killed in the middle of a training; the bytes are those of a run that nobody killed."""
+    source(tmp_path)
+    status, _, err = run(tmp_path, "whole", 2, LONG)
+    assert status == 0, err
+    process = start(tmp_path, "out", 2, LONG)
+    deadline = time.monotonic() + 120
+    while sum('"kind": "training"' in line for line in journal(tmp_path, "out")) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(processes_of(process.pid)[victim], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not (tmp_path / "out").exists()
+    before = len(journal(tmp_path, "out"))
+    assert before
+    status, _, err = run(tmp_path, "out", 1, LONG)
+    assert status == 2
+    assert "another number of processes (2, now 1)" in err
+    status, out, err = run(tmp_path, "out", 2, LONG)
+    assert status == 0, err
+    assert "resuming the run" in out
+    skipped = ("plan.toml", "lock.json", "README.md")  # they name the output
+    assert {n: b for n, b in files_of(tmp_path / "whole").items() if n not in skipped} == {
+        n: b for n, b in files_of(tmp_path / "out").items() if n not in skipped
+    }
+
+
+# ---------------------------------------------------------------- shares of a batch
+
+
+def world(rank: int, size: int) -> World:
+    """A process of a run without the others."""
+    made = object.__new__(World)
+    made.rank, made.size, made.device, made.together = rank, size, torch.device("cpu"), False
+    return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.lists(st.integers(1, 30), min_size=1, max_size=9))
+def test_the_mean_of_weighed_shares_is_the_mean_of_the_batch(size: int, counts: list[int]) -> None:
+    """Of a mean over tokens, whatever samples and tokens a process gets; every process gets some sample."""
+    losses = torch.arange(1.0, len(counts) + 1).double() ** 2  # the mean over the tokens of each sample
+    tokens = torch.tensor(counts)
+
+    def mean(indices: torch.Tensor) -> float:
+        return float((losses[indices] * tokens[indices]).sum() / tokens[indices].sum())
+
+    every = torch.arange(len(counts))
+    total = 0.0
+    for rank in range(size):
+        share = Share(world(rank, size), lambda indices: int(tokens[indices].sum()))
+        mine, weight = share.part(every)
+        assert len(mine) >= 1
+        total += mean(mine) * weight / size
+    assert total == pytest.approx(mean(every), rel=1e-12)
