@@ -129,14 +129,14 @@ def journal(folder: Path, output: str) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def processes_of(group: int) -> list[int]:
-    """The processes of a session that carry out a plan, by their rank."""
+def processes_in(folder: Path) -> list[int]:
+    """The processes that carry out a plan there, by their rank."""
     found = {}
     for path in Path("/proc").iterdir():
         if not path.name.isdecimal():
             continue
         try:
-            inside = os.getsid(int(path.name)) == group
+            inside = (path / "cwd").resolve() == folder
             pairs = (path / "environ").read_text().split("\0") if inside else []
         except OSError:  # it ended, or is not ours
             continue
@@ -159,7 +159,7 @@ def test_the_death_of_one_ends_the_run_and_the_same_command_resumes_it(victim: i
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
-    os.kill(processes_of(process.pid)[victim], signal.SIGKILL)
+    os.kill(processes_in(tmp_path)[victim], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert not (tmp_path / "out").exists()
