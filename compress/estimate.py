@@ -17,7 +17,7 @@ import torch
 from compress.calibration.moments import Statistics
 from compress.errors import PlanError
 from compress.journal import work_directory
-from compress.memory import resident_memory
+from compress.memory import KEPT, resident_memory
 from compress.report import human_bytes
 from compress.walk import batch_rows
 
@@ -104,25 +104,28 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
     batch = _batch_tokens(lock)
     forward = 4 * batch * (4 * skeleton.width + 3 * widest)
     done = [linear for linear in lock.in_block(0) if linear.passes]
-    # What the journal keeps of a block: being collected from this one (it shares the float32 weights of a float32
-    # model) while that of the block before is being written.
-    shared = sum(sizes[f"{lin.name}.weight"] for lin in done if lin.dtype == "F32")
-    kept = 2 * sum(sizes[f"{lin.name}.weight"] + lin.weights // 8 for lin in done) - shared
+    # What the journal keeps of a block: that of the block before is written during the first forward, that of this one
+    # is collected while it is solved, and shares the float32 weights of a float32 model.
+    written = sum(sizes[f"{lin.name}.weight"] + lin.weights // 8 for lin in done)
+    kept = written - sum(sizes[f"{lin.name}.weight"] for lin in done if lin.dtype == "F32")
     flow = _flow(lock, keep=keep, pause=pause)
     # float32 dense, current and solved weight, scores, and the int64 order of a sort
     solve = 32 * largest.weights
-    grams = [n.in_features**2 for n in lock.linears if _statistics(lock, n) is Statistics.GRAM]
-    # Factoring holds five matrices of the Gram's size beside the weight; solving, the Gram matrix and its factor.
-    factor = max((20 * square for square in grams), default=0) + 8 * largest.weights
-    held = max((8 * square for square in grams), default=0)
-    phases = {"blocks": base + light + block + kept + flow + max(forward, factor, held + solve)}
+    # Gram matrices: of all subsets of a block together, or of one at a time; and the product that is added to one.
+    squares = {n.subset: 4 * n.in_features**2 for n in done if _statistics(lock, n) is Statistics.GRAM}
+    square = max(squares.values(), default=0)
+    grams = sum(squares.values()) if lock.plan.run.refresh == "block" else square
+    # Factoring holds four more matrices of the Gram's size beside the weight; solving, the factor.
+    factor, held = (4 * square + 8 * largest.weights if square else 0), square
+    busiest = grams + max(written + forward + square, kept + factor, kept + held + solve)
+    phases = {"blocks": base + light + block + flow + busiest + KEPT}  # the heap keeps so much when it is freed
     if lock.calibrated:
         phases["embedding"] = base + light + embedding + flow
     if lock.plan.calibration and lock.plan.calibration.source == "self":
         phases["self-calibration"] = base + 4 * sum(counts.values()) + 2 * sizes[skeleton.embedding] + forward
     if any(lock.is_barrier(sweep) for sweep in range(len(lock.sweeps))):
         phases["training"] = base + _training(lock, sum(counts.values()))
-    phases["verification"] = base + kept + 4 * largest.weights
+    phases["verification"] = base + written + 4 * largest.weights
     if lock.plan.evaluate and lock.plan.evaluate.perplexity:
         models = 2
         scoring = models * head + 12 * HEAD_BYTES  # logits, log p, p and products of both
@@ -135,7 +138,9 @@ def _training(lock: Lock, parameters: int) -> int:
     """Bytes of the largest training over the whole model: float32 models, the states, what a batch leaves behind."""
     calibration = lock.plan.calibration
     length = calibration.length if calibration else 0
-    inner = max(linear.out_features for linear in lock.linears)
+    width, inner = lock.skeleton.width, max(linear.out_features for linear in lock.linears)
+    beside = sum(linear.out_features for linear in lock.in_block(0) if linear.rank)  # what branches add to
+    inside = 12 * width + 4 * inner + beside
     vocabulary = lock.skeleton.model.get_input_embeddings().num_embeddings
     most = 0
     for one in lock.plan.passes:
@@ -143,7 +148,10 @@ def _training(lock: Lock, parameters: int) -> int:
             tokens = length * getattr(one, "batch_size", 1)
             models = 2 if getattr(one, "distill", 0) or getattr(one, "hidden", 0) else 1
             states = 4 * 3 * sum(linear.weights for linear in lock.linears)  # dense, current, and what is learned
-            left = 4 * tokens * (lock.blocks * (12 * lock.skeleton.width + 4 * inner) + (3 + models) * vocabulary)
+            again = getattr(one, "gradient_checkpointing", False)
+            kept = lock.blocks * width + inside if again else lock.blocks * inside
+            logits = 5 if models == 1 else 12  # of the loss and its gradient; with distillation log p and log q, too
+            left = 4 * tokens * (kept + logits * vocabulary)
             most = max(most, 4 * models * parameters + states + left)
     return most
 

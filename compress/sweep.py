@@ -149,6 +149,7 @@ class Sweep:
                     ledger += self._transform(index, number, one, module, statistics, artifact, flow)
                 for subset in subsets:
                     shared = statistics.of(subset) if subset in measured else Moments(0, Statistics.NONE)
+                    self._make_room(index)
                     for linear in subset:
                         if not lock.linear_passes(linear, self.number):
                             continue
@@ -158,6 +159,11 @@ class Sweep:
                         self._write_back(module, prefix, linear, state)
                 after = self._outputs(index, walk) if flow and index + 1 < lock.blocks else None
         return after, ledger, artifact
+
+    def _make_room(self, index: int) -> None:
+        """Before solving: the block before was written during the forward, whose own leftovers can go, too."""
+        self.work.flush()
+        trim(4 * sum(linear.weights for linear in self.lock.in_block(index)))
 
     def _walk(self, module: nn.Module, index: int, stops: list[tuple[str, ...]], flow: Activations | None) -> Walk:
         calls = [self.skeleton.calls(*shape[:2])[index] for shape in flow.shapes] if flow else []
