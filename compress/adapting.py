@@ -34,7 +34,15 @@ class AdaptedLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, state: LinearState, bias: Tensor | None, form: Form, *, rank: int, alpha: float, seed: int
+        self,
+        state: LinearState,
+        bias: Tensor | None,
+        form: Form,
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+        extend: bool = False,
     ) -> None:
         """Wrap a linear.
 
@@ -45,6 +53,7 @@ class AdaptedLinear(nn.Module):
             rank: of the factors.
             alpha: s · rank.
             seed: of the factors' first values.
+            extend: with "lora", leave a branch that is there and learn new ranks beside it.
         """
         super().__init__()
         self.state, self.form, self.rank = state, form, rank
@@ -54,15 +63,16 @@ class AdaptedLinear(nn.Module):
         self.weight = nn.Parameter(base, requires_grad=False)
         self.register_buffer("kept", state.mask, persistent=False)
         branch = state.low_rank
+        more = form == "lora" and (branch is None or extend)
         if branch is not None:  # at the factor 1, whatever alpha is
-            self.factor = 1.0 if form == "lora" else self.factor
-            trained = form == "lora"
+            trained = form == "lora" and not more
+            self.factor = 1.0 if trained else self.factor
             self.up = nn.Parameter(branch.up.clone(), requires_grad=trained)
             self.down = nn.Parameter(branch.down.clone(), requires_grad=trained)
-        self.branched = branch is not None or form == "lora"
+        self.branched, self.added = branch is not None, more
         out, width = base.shape
         generator = torch.Generator().manual_seed(seed)
-        if form in ("lora", "lora-prune", "masklora") and not (form == "lora" and branch is not None):
+        if more or form in ("lora-prune", "masklora"):
             A = (torch.rand(rank, width, generator=generator) * 2 - 1) / width**0.5  # (r, in); B A is 0 at first
             self._factors(torch.zeros(out, rank), A)
         elif form == "scalelora":
@@ -83,13 +93,11 @@ class AdaptedLinear(nn.Module):
     def _factors(self, B: Tensor, A: Tensor) -> None:
         device = self.weight.device
         self.B, self.A = nn.Parameter(B.to(device)), nn.Parameter(A.to(device))
-        if self.form == "lora":
-            self.up, self.down = self.B, self.A
-            del self.B, self.A
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the form learns."""
-        names = {"lora": ("up", "down"), "weights": ("free",), "scales": ("delta",), "fixed": ()}
+        learned = ("B", "A") if self.added else ("up", "down")
+        names = {"lora": learned, "weights": ("free",), "scales": ("delta",), "fixed": ()}
         for name in names.get(self.form, ("B", "A")):
             yield name, getattr(self, name)
 
@@ -119,12 +127,10 @@ class AdaptedLinear(nn.Module):
         """The layer's output, (…, out)."""
         y = nn.functional.linear(x, self.current(), self.bias)
         if self.branched:
-            y = y + self.factor_of_branch() * nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+            y = y + nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+        if self.added:
+            y = y + self.factor * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
         return y
-
-    def factor_of_branch(self) -> float:
-        """What the branch is multiplied with: 1 for one that was there already."""
-        return self.factor if self.form == "lora" else 1.0
 
     @torch.no_grad()
     def finish(self) -> LinearState:
@@ -132,7 +138,10 @@ class AdaptedLinear(nn.Module):
         state = self.state
         if self.form == "lora":
             root = self.factor**0.5
-            state.low_rank = LowRank(self.up.detach() * root, self.down.detach() * root)
+            pairs = [(self.up.detach(), self.down.detach())] if self.branched else []
+            pairs += [(self.B.detach() * root, self.A.detach() * root)] if self.added else []
+            ups, downs = zip(*pairs, strict=True)
+            state.low_rank = LowRank(torch.cat(ups, 1), torch.cat(downs, 0))
         elif self.form == "scales":
             assert state.grid is not None
             old, scale = state.grid.scale, self.scale().to(state.grid.scale.dtype)

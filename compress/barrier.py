@@ -58,12 +58,16 @@ class WholeModel:
     world: World
     changed: set[str] = field(default_factory=set)
 
-    def adapt(self, form: Form, *, rank: int, alpha: float, seed: int) -> dict[str, AdaptedLinear]:
+    def adapt(
+        self, form: Form, *, rank: int, alpha: float, seed: int, extend: bool = False
+    ) -> dict[str, AdaptedLinear]:
         """Have every targeted linear learn in a form; returns them by name."""
         made = {}
         for number, (name, state) in enumerate(self.states.items()):
             old = self.module.get_submodule(name)
-            made[name] = AdaptedLinear(state, _bias(old), form, rank=rank, alpha=alpha, seed=seed + number)
+            made[name] = AdaptedLinear(
+                state, _bias(old), form, rank=rank, alpha=alpha, seed=seed + number, extend=extend
+            )
             self.put(name, made[name])
         return made
 

@@ -76,10 +76,12 @@ class Linear:
         """The rank of the branch that the passes give it, at most; 0 for none."""
         if self.found:
             return self.found[1]
-        ranks = [rank for _, p in self.passes if (rank := p.added_rank()) is not None]
+        adding = [(p, rank) for _, p in self.passes if (rank := p.added_rank()) is not None]
+        more = sum(rank for p, rank in adding if getattr(p, "extend", False))
+        ranks = [rank for p, rank in adding if not getattr(p, "extend", False)]
         if any(getattr(p, "budget", None) is not None for _, p in self.passes):
-            return max(ranks, default=0)  # where the budget leaves none, a later pass may add its own
-        return next(iter(ranks), 0)
+            return max(ranks, default=0) + more  # where the budget leaves none, a later pass may add its own
+        return next(iter(ranks), 0) + more
 
     @property
     def masked(self) -> bool:

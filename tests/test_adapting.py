@@ -101,6 +101,26 @@ def test_a_branch_that_is_there_counts_once(form: Form) -> None:
         assert torch.allclose(as_emitted(state, x), before, rtol=1e-5, atol=1e-5)
 
 
+def test_a_branch_is_extended_and_its_own_ranks_stay() -> None:
+    """At first nothing has changed; then the new ranks are beside the old ones, which are the same to the last bit."""
+    state, x = sparse(), inputs_of()
+    state.low_rank = LowRank(draw(OUT, 3, seed=7), draw(3, WIDTH, seed=8))
+    old = state.low_rank
+    wanted = as_emitted(state, x)
+    module = AdaptedLinear(state, None, "lora", rank=RANK, alpha=ALPHA, seed=3, extend=True)
+    assert torch.allclose(module(x), wanted, rtol=1e-5, atol=1e-5)
+    assert {name: tuple(p.shape) for name, p in module.trained()} == {"B": (OUT, RANK), "A": (RANK, WIDTH)}
+    assert not module.up.requires_grad
+    learn(module)
+    before = module(x)
+    assert not torch.allclose(before, wanted, rtol=1e-2)
+    module.finish()
+    assert state.low_rank.rank == 3 + RANK
+    assert torch.equal(state.low_rank.up[:, :3], old.up)
+    assert torch.equal(state.low_rank.down[:3], old.down)
+    assert torch.allclose(as_emitted(state, x), before, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["attn.c_attn", "mlp.c_proj"])
 def test_it_stands_for_a_conv1d(name: str) -> None:
     """GPT-2 stores weights as (in, out); the state, and what replaces the module, have them as (out, in)."""
@@ -187,8 +207,8 @@ def test_all_ranks_of_scalelora_learn() -> None:
 def test_seeds() -> None:
     """The first values are those of the seed."""
     one, same, other = (AdaptedLinear(sparse(), None, "lora", rank=4, alpha=8.0, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(one.down, same.down)
-    assert not torch.equal(one.down, other.down)
+    assert torch.equal(one.A, same.A)
+    assert not torch.equal(one.A, other.A)
 
 
 # ---------------------------------------------------------------- what is left
@@ -217,7 +237,7 @@ def test_merging_loses_nothing(form: Form, grid: bool) -> None:
         assert codes is None or torch.equal(state.grid.codes, codes)  # type: ignore[union-attr]
         assert state.low_rank is not None
         assert state.low_rank.rank == RANK
-        wanted = ALPHA / RANK * module.up.double() @ module.down.double()
+        wanted = ALPHA / RANK * module.B.double() @ module.A.double()
         assert torch.allclose(state.low_rank.product().double(), wanted, rtol=1e-5, atol=1e-6)
     else:
         assert state.low_rank is None

@@ -39,6 +39,7 @@ class PERP(Training, BlockPass, ModelPass):
     )
     rank: int = Field(default=8, ge=1, description="of low_rank, where there is no branch yet")
     alpha: float | None = Field(default=None, gt=0, description="low_rank counts alpha / rank; default: 2 · rank")
+    extend: bool = Field(default=False, description="leave a branch that is there, and learn rank more beside it")
     mode: Literal["end-to-end", "reconstruct"] = Field(default="end-to-end", description="whole model, or block by block")
     distill: float = Field(default=0.0, ge=0, le=1, description="share of the loss that compares with the dense model")
     temperature: float = Field(default=1.0, gt=0, description="of that comparison")
@@ -64,6 +65,13 @@ class PERP(Training, BlockPass, ModelPass):
         if self.mode == "reconstruct" and self.gradient_checkpointing:
             problem = "gradient_checkpointing keeps the inputs of the blocks only; reconstruct has one block at a time"
             raise SettingError(problem, "leave it out", ("gradient_checkpointing",))
+        return self
+
+    @model_validator(mode="after")
+    def _extends_a_branch(self) -> PERP:
+        if self.extend and self.form != "lora":
+            problem = "only a branch can be extended"
+            raise SettingError(problem, 'use train = ["low_rank"] with variant = "lora"', ("extend",))
         return self
 
     @property
@@ -100,7 +108,7 @@ class PERP(Training, BlockPass, ModelPass):
 
     def settings(self) -> dict[str, Any]:
         """Without low_rank, nothing of it."""
-        unused = set() if "low_rank" in self.train else {"variant", "rank", "alpha"}
+        unused = set() if "low_rank" in self.train else {"variant", "rank", "alpha", "extend"}
         return {key: value for key, value in super().settings().items() if key not in unused}
 
     def check_lock(self, lock: Lock, index: int) -> None:
@@ -130,7 +138,7 @@ class PERP(Training, BlockPass, ModelPass):
 
     def apply_model(self, model: WholeModel) -> dict[str, Note]:
         """Retrain the whole model."""
-        modules = model.adapt(self.form, rank=self.rank, alpha=self._alpha(), seed=self.seed)
+        modules = model.adapt(self.form, rank=self.rank, alpha=self._alpha(), seed=self.seed, extend=self.extend)
         others = self._others(model, modules)
         if not self._adapted(modules, others):
             raise _nothing(self.train)
@@ -165,7 +173,9 @@ class PERP(Training, BlockPass, ModelPass):
         for number, (name, state) in enumerate(block.linears.items()):
             bias = block.parameters.get(f"{name}.bias")
             seed = self.seed + number
-            modules[name] = AdaptedLinear(state, bias, self.form, rank=self.rank, alpha=self._alpha(), seed=seed)
+            modules[name] = AdaptedLinear(
+                state, bias, self.form, rank=self.rank, alpha=self._alpha(), seed=seed, extend=self.extend
+            )
         live = block.forward.install(modules)
         others = {name: p for name, p in live.items() if kind_of(block.forward.learning, name, modules) in self.train}
         parameters = self._adapted(modules, others)

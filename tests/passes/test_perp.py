@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -778,3 +779,33 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("out/adapter/adapter_model.safetensors") in files
     assert command(capsys, "plan.toml").code == 0
     assert files == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("form", ["huggingface", "packed"])
+def test_more_ranks_beside_those_of_eora(form: str, folder: Path) -> None:
+    """The old ranks stay, the new ones are trained, and the lock knew the bytes."""
+    eora = EoRA(rank=3)
+    more = PERP(train=("low_rank",), extend=True, **(SHORT | {"rank": 2}))
+    outputs = {}
+    for name, passes in (("before", (Wanda(pattern="2:4"), eora)), ("after", (Wanda(pattern="2:4"), eora, more))):
+        plan = plan_of(folder, folder / name, *passes, exports=(compress.Export(format=form),))
+        promised = compile_plan(plan).output_bytes
+        report = compress.run(plan)
+        assert report.output.bytes == promised
+        files = [file for path in (folder / name).rglob("*.safetensors") for file in load_file(path).items()]
+        outputs[name] = dict(files)
+    suffixes = (("lora_A.weight", 0), ("lora_B.weight", 1), ("low_rank_down", 0), ("low_rank_up", 1))
+    for key, tensor in outputs["before"].items():
+        along = next((along for suffix, along in suffixes if key.endswith(suffix)), None)
+        if along is None:
+            assert torch.equal(outputs["after"][key], tensor), key
+            continue
+        found = outputs["after"][key]
+        assert found.shape[along] == 5
+        assert torch.equal(found.narrow(along, 0, 3), tensor)
+        assert bool(found.narrow(along, 3, 2).any())
+
+
+def test_only_a_branch_is_extended() -> None:
+    with pytest.raises(ValidationError, match="only a branch can be extended"):
+        PERP(train=("low_rank",), variant="masklora", extend=True)
