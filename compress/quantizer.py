@@ -32,7 +32,6 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         kernels: those to choose from: "auto", "decoded" or "reference".
         device: where linears will multiply; None for where they are loaded.
-        checked: whether tensors and schemes are known to belong together.
     """
 
     def __init__(
@@ -42,10 +41,9 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         schemes: Any = None,
         kernels: Kernels = "auto",
         device: str | None = None,
-        checked: bool = False,
     ) -> None:
         self.quant_method, self.version, self.schemes = quant_method, version, schemes
-        self.kernels, self.device, self.checked = kernels, device, checked
+        self.kernels, self.device = kernels, device
 
 
 @register_quantizer(METHOD)
@@ -75,8 +73,9 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
 
         given = self.quantization_config
         check_kernels(given.kernels)
+        # Without files, tensors are given by compress.load, which has checked them.
         where = Path(checkpoint_files[0]).parent if checkpoint_files else None
-        layouts = packed_layouts(given.to_dict(), model.config.model_type, None if given.checked else where)
+        layouts = packed_layouts(given.to_dict(), model.config.model_type, where)
         for name, layout in layouts.items():
             old = _replaceable(model, name, layout)
             bias = getattr(old, "bias", None) is not None

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from compress.architecture import architecture_for
-from compress.errors import ModelError, PlanError, nearest
-from compress.export.packed import FLOATS, check_version, find_layout, write_scheme
+from compress.errors import PlanError, nearest
+from compress.export.packed import FLOATS, VERSION, read_scheme, write_scheme
 from compress.export.reader import BranchedCheckpoint, DecodedCheckpoint, open_model
 from compress.hub import find_model
 from compress.kernels.choose import Kernels, choose
@@ -66,8 +66,8 @@ def load(
     layouts = _layouts(checkpoint)
     if layouts:
         schemes = [write_scheme(layout, [name]) for name, layout in layouts.items()]
-        settings = {"kernels": kernels, "device": str(where), "checked": True}
-        config.quantization_config = {"quant_method": "compress", "version": 1, "schemes": schemes} | settings
+        settings = {"kernels": kernels, "device": str(where)}
+        config.quantization_config = {"quant_method": "compress", "version": VERSION, "schemes": schemes} | settings
     # Not the Auto class: it takes no tensors without a name to find them by.
     state = _tensors(checkpoint, skeleton)
     model = type(skeleton.model).from_pretrained(None, config=config, state_dict=state, dtype=chosen)
@@ -98,8 +98,8 @@ def explain(
     choice = choose(layouts[layer], where, chosen)
     scheme = write_scheme(layouts[layer], [layer])
     stored = {key: scheme[key] for key in ("shape", "dtype", "sparsity", "grid", "rank")}
-    run = {"device": str(where), "dtype": str(chosen).removeprefix("torch.")}
-    return {"name": layer, **stored, "runs": run, "kernel": choice.kernel.name, "why": choice.why}
+    run = {"device": str(where), "runs_in": str(chosen).removeprefix("torch.")}
+    return {"name": layer, **stored, **run, "kernel": choice.kernel.name, "why": choice.why}
 
 
 def check_device(device: str | torch.device, where: str) -> torch.device:
@@ -134,26 +134,19 @@ def check_kernels(kernels: str) -> None:
 
 
 def packed_layouts(config: dict[str, Any], model_type: str, directory: Path | None) -> dict[str, Layout]:
-    """Module → layout, by a ``quantization_config`` of the packed format; with the headers of a directory compared.
+    """Module → layout, by a ``quantization_config`` of the packed format.
+
+    Args:
+        config: it.
+        model_type: of the model.
+        directory: whose tensors must be of these layouts; None where they are known to be.
 
     Raises:
-        ModelError: it is not one, or the tensors are of another.
+        ModelError: they are not.
     """
-    try:
-        check_version(config)
-        layouts = {name: find_layout(config, name) for scheme in config["schemes"] for name in scheme["modules"]}
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        problem = f"quantization_config cannot be read: {error}"
-        raise ModelError(problem, where=str(directory or "config.json"), fix="copy the directory again") from None
     if directory is not None:
-        found = DecodedCheckpoint(directory, config, architecture_for(model_type), None).layouts
-        if odd := sorted(layouts.keys() - found.keys()):
-            raise ModelError(
-                f"the packed tensors of {len(odd)} linears are missing, {odd[0]} among them",
-                where=str(directory),
-                fix="copy the whole directory again",
-            )
-    return layouts
+        return DecodedCheckpoint(directory, config, architecture_for(model_type), None).layouts
+    return {name: read_scheme(scheme) for scheme in config["schemes"] for name in scheme["modules"]}
 
 
 def _find(directory: str | Path, trust_remote_code: bool) -> Path:

@@ -108,6 +108,10 @@ class PackedFormat(Format):
         """Scales (out, groups) as the tensor `scales` holds them."""
         return scale
 
+    def modules(self, config: dict[str, Any]) -> set[str]:
+        """The linears that a ``quantization_config`` names one by one. Raises ValueError where it cannot be read."""
+        return set()
+
     def stored(
         self,
         config: dict[str, Any],

@@ -103,6 +103,14 @@ class Packed(PackedFormat):
         found = [write_scheme(layout, modules) for layout, modules in schemes.items()]
         return {"quant_method": self.method, "version": VERSION, "schemes": found}
 
+    def modules(self, config: dict[str, Any]) -> set[str]:
+        """Those of all schemes."""
+        check_version(config)
+        schemes = config.get("schemes")
+        if not isinstance(schemes, list) or not all(isinstance(one.get("modules"), list) for one in schemes):
+            raise ValueError("there is no list of schemes with modules")
+        return {module for scheme in schemes for module in scheme["modules"]}
+
     def stored(
         self,
         config: dict[str, Any],

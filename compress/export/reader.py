@@ -71,6 +71,10 @@ class DecodedCheckpoint(Checkpoint):
                 fix="give an output of compress",
             )
         self.form = form = formats[method]
+        try:
+            wanted = form.modules(config)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self._wrong("config.json", error) from None
         self.layouts: dict[str, Layout] = {}  # by module
         self._coded: dict[str, _Coded] = {}
         self._names: dict[str, str] = {}
@@ -97,6 +101,12 @@ class DecodedCheckpoint(Checkpoint):
             self._coded[name] = _Coded(infos, found, transposed)
             self.layouts[module] = found.layout
             self._names[module] = name
+        if absent := sorted(wanted - self.layouts.keys()):
+            raise ModelError(
+                f"quantization_config names {absent[0]}, but its packed tensors are missing",
+                where=str(directory),
+                fix="copy the whole directory again",
+            )
 
     def _read(self, info: TensorInfo) -> Tensor:
         return read_tensor(self.directory / info.file, info)
