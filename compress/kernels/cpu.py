@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 GROUPS = (256, 128, 64, 32)  # columns that share a scale, as the int4 operator takes them
 ROWS = 64  # the operator packs rows in blocks of 64 or, without AVX512, of 32: whole blocks have one order
 DTYPES = (torch.bfloat16, torch.float16)
-INT4_ROWS = 128  # above so many rows of activations, decoding and float32 are faster
-INT8_ROWS = 48
+INT4_ROWS = 64  # above so many rows of activations, decoding and float32 are faster
+INT8_ROWS = 32
 AT_ONCE = 1 << 19  # weights decoded at a time: 2 MiB in float32 stay in the cache
 
 
@@ -114,21 +114,30 @@ class Int4(Kernel):
 
     def _decoded(self, x: Tensor, rows: int, order: Tensor) -> Tensor:
         """``x Wᵀ`` (rows of x, out filled up) for float32 x, of blocks of so many rows of W in this order."""
-        width = self.layout.in_features
-        blocks = self._plane(0)[0].shape[0] // rows
-        y = x.new_zeros(x.shape[0], blocks, rows)
+        width, (codes, _) = self.layout.in_features, self._plane(0)
+        blocks = codes.shape[0] // rows
+        y = x.new_empty(x.shape[0], blocks, rows)
+        planes = [self._scaled(plane, rows, order) for plane in range(self.planes)]
         step = max(1, AT_ONCE // (width * rows))
-        for plane in range(self.planes):
-            codes, pairs = self._plane(plane)
-            codes = codes.view(blocks, width, rows // 2)
-            pairs = pairs.view(-1, blocks, rows, 2)[:, :, order].float()
-            for first in range(0, blocks, step):
-                some, scales = codes[first : first + step], pairs[:, first : first + step].transpose(0, 1)
-                weight = torch.cat((some & 15, some >> 4), -1).float().sub_(8)  # (blocks, in, rows) in `order`
-                groups = weight.view(len(some), -1, self.group, rows)
-                groups.mul_(scales[..., None, :, 0]).add_(scales[..., None, :, 1])
-                y[:, first : first + step, order] += (x @ weight).transpose(0, 1)
-        return y.flatten(1)
+        for first in range(0, blocks, step):
+            some = slice(first, first + step)
+            parts = []
+            for packed, scale, zero in planes:
+                part = x.new_empty(*packed[some].shape[:2], rows)  # (blocks, in, rows in `order`)
+                part[..., : rows // 2], part[..., rows // 2 :] = packed[some] & 15, packed[some] >> 4
+                groups = part.view(len(part), -1, self.group, rows)
+                torch.addcmul(zero[some], groups, scale[some], out=groups)
+                parts.append(part)
+            weight = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+            y[:, some] = (x @ weight).transpose(0, 1)
+        return y[:, :, order.argsort()].flatten(1)
+
+    def _scaled(self, plane: int, rows: int, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (blocks, in, bytes), and scale and zero (blocks, groups, 1, rows) with ``w = code · scale + zero``."""
+        codes, pairs = self._plane(plane)
+        pairs = pairs.view(pairs.shape[0], -1, rows, 2)[:, :, order].float()
+        scale, zero = pairs.permute(3, 1, 0, 2).unsqueeze(3).contiguous()
+        return codes.view(-1, self.layout.in_features, rows // 2), scale, zero - 8 * scale
 
 
 class Int8(Kernel):
