@@ -12,6 +12,9 @@ The Python API is the plan's own objects::
         passes=[SparseGPT(pattern="2:4")],
     )
     report = compress.run(plan)
+    model = compress.load("out/reference")  # a transformers model
+
+It also tells transformers of the packed format: see `compress.registration`.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ def test_every_family_runs(family: str, tmp_path: Path) -> None:
     _, checkpoint = open_model(directory)
     model = compress.load(directory, device="cpu")
     assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     found = packed_linears(model)
     assert model.compress_kernels.keys() == found.keys() == checkpoint.layouts.keys()
     assert {one["kernel"] for one in model.compress_kernels.values()} == {"int4"}
@@ -152,6 +153,17 @@ def test_every_format_runs(name: str, tmp_path: Path) -> None:
     for kernels in ("auto", "decoded", "reference"):
         exact = logits(compress.load(directory, device="cpu", dtype="float32", kernels=kernels))
         torch.testing.assert_close(exact, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_may_be_smaller_than_weights(tmp_path: Path) -> None:
+    """Scales in float16 of a float32 checkpoint: decoded as it was evaluated, packed where bfloat16 is asked for."""
+    wide_directory(tmp_path / "model", "llama", dtype=torch.float32)
+    directory = emit(tmp_path, "gptq", (RTN(bits=4, group_size=32, scale_dtype="float16"),))
+    model = compress.load(directory, device="cpu")
+    assert {one["kernel"] for one in model.compress_kernels.values()} == {"decoded"}
+    torch.testing.assert_close(logits(model), logits(dense_model(directory, torch.float32)), rtol=1e-4, atol=1e-4)
+    low = compress.load(directory, device="cpu", dtype=torch.bfloat16)
+    assert {one["kernel"] for one in low.compress_kernels.values()} == {"int4"}
 
 
 def test_a_plain_directory_is_transformers_own(tmp_path: Path) -> None:
@@ -294,6 +306,10 @@ def test_transformers_cannot_ask_for_the_impossible(made: Path, tmp_path: Path) 
         AutoModelForCausalLM.from_pretrained(made, device_map={"": "mps"})
     with pytest.raises(PlanError, match="no directory"):
         compress.load(tmp_path / "nothing")
+    directory = shutil.copytree(made, tmp_path / "out")
+    configured(lambda c: c.update(kernels="fastest"))(directory)
+    with pytest.raises(PlanError, match='no kernels "fastest"'):
+        AutoModelForCausalLM.from_pretrained(directory)
 
 
 # ---------------------------------------------------------------- the command, and the import
