@@ -12,11 +12,16 @@ The Python API is the plan's own objects::
         passes=[SparseGPT(pattern="2:4")],
     )
     report = compress.run(plan)
+    model = compress.load("out/reference")  # a transformers model
+
+It also tells transformers of the packed format: see `compress.registration`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from compress.registration import register
 
 __version__ = "0.1.0"
 
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from compress.pipeline import run
     from compress.plan import Calibration, Evaluate, Export, Model, Plan, Run, load_plan
     from compress.report import Report, load_report
+    from compress.runtime import load
 
 _HOME = {"check": ("compress.checking", "check_plan"), "run": ("compress.pipeline", "run")} | {
     name: (module, name)
@@ -33,6 +39,7 @@ _HOME = {"check": ("compress.checking", "check_plan"), "run": ("compress.pipelin
         "compress.errors": ("CompressError", "ModelError", "OutputError", "PlanError", "RunError"),
         "compress.plan": ("Calibration", "Evaluate", "Export", "Model", "Plan", "Run", "load_plan"),
         "compress.report": ("Report", "load_report"),
+        "compress.runtime": ("load",),
     }.items()
     for name in names
 }
@@ -50,6 +57,7 @@ __all__ = [
     "Run",
     "RunError",
     "check",
+    "load",
     "load_plan",
     "load_report",
     "run",
@@ -64,3 +72,6 @@ def __getattr__(name: str) -> Any:
         module, attribute = _HOME[name]
         return getattr(import_module(module), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

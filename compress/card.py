@@ -111,7 +111,9 @@ def _loading(report: Report) -> str:
     needs = {
         "gptq": "`transformers` with `gptqmodel` and `optimum`",
         "compressed-tensors": "`transformers` with `compressed-tensors`",
+        "packed": "`transformers` and `compress`",
     }
+    first = "import compress  # transformers then knows the format\n" if report.output.format == "packed" else ""
     adapter = f"""
 
 Low-rank branches that make up for what was lost are beside the weights, as a PEFT adapter. Without it this is the model
@@ -127,7 +129,7 @@ model = PeftModel.from_pretrained(model, "{name}/adapter")
 The directory loads with {needs.get(report.output.format, "plain `transformers`")}:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")

@@ -78,8 +78,23 @@ def check(plan: Path, /, *, as_json: Json = False) -> None:
 
 
 @app.command
-def explain(plan: Path, layer: str, /, *, as_json: Json = False) -> None:
-    """Show each setting of one layer, and the line of the plan that gave it."""
+def explain(plan: Path, layer: str, /, *, device: str = "auto", dtype: str = "auto", as_json: Json = False) -> None:
+    """Show each setting of one layer, and the line of the plan that gave it; or, of an output, which kernel it gets.
+
+    Parameters
+    ----------
+    plan
+        The plan, or the directory of an output.
+    layer
+        The name of a linear.
+    device
+        With a directory: where `compress.load` would run it.
+    dtype
+        With a directory: of activations; "auto" is the checkpoint's.
+    """
+    if plan.is_dir():
+        _explain_kernel(plan, layer, device, dtype, as_json=as_json)
+        return
     from compress.checking import explain as explain_layer
     from compress.lock import compile_plan
     from compress.plan import load_plan
@@ -98,6 +113,21 @@ def explain(plan: Path, layer: str, /, *, as_json: Json = False) -> None:
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         for key, value, origin in rows:  # no table: it would break the path of a plan over lines
             _print_line(f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+
+
+def _explain_kernel(directory: Path, layer: str, device: str, dtype: str, *, as_json: bool) -> None:
+    from compress.runtime import explain as explain_kernel
+
+    found = explain_kernel(directory, layer, device=device, dtype=dtype)
+    if as_json:
+        _print_json(found)
+        return
+    _print_line(f"{found['name']}  {' × '.join(map(str, found['shape']))}  {found['dtype']}")
+    grid = found["grid"]
+    rows = [("sparsity", found["sparsity"]), *((grid or {"grid": None}).items()), ("rank", found["rank"])]
+    rows += [("runs on", f"{found['device']} in {found['runs_in']}"), ("kernel", found["kernel"]), ("", found["why"])]
+    for key, value in rows:
+        _print_line(f"  {key:<12}  {value if isinstance(value, str) else json.dumps(value)}")
 
 
 @app.command(name="eval")

@@ -125,6 +125,13 @@ def test_the_card_states_method_results_use_and_limits(tmp_path: Path) -> None:
         assert part in text, part
 
 
+def test_the_card_of_a_packed_output_imports_compress(tmp_path: Path) -> None:
+    plain = made_up()
+    output = plain.output.model_copy(update={"format": "packed"})
+    assert "import compress" not in card(tmp_path, plain)
+    assert "import compress  # transformers then knows" in card(tmp_path, made_up(output=output))
+
+
 def test_the_card_is_the_same_whatever_the_machine(tmp_path: Path) -> None:
     first = card(tmp_path, made_up())
     elsewhere = {

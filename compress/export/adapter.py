@@ -87,7 +87,7 @@ class Branches:
         found = read_json(directory / CONFIG)
         self._file = AdapterFile(directory)
         self.shapes = self._read_shapes()
-        ranks = {name: self._file.tensors[f"{PREFIX}{name}{DOWN}"].shape[0] for name in self.shapes}
+        ranks = {name: self.rank(name) for name in self.shapes}
         wanted = _config(ranks, transposed=transposed)
         found.pop("base_model_name_or_path", None)
         every = sorted(wanted.keys() | found.keys())
@@ -123,8 +123,16 @@ class Branches:
 
     def product(self, name: str) -> Tensor:
         """Up · down (out, in) float32 of a linear."""
-        up, down = (self._file.read(f"{PREFIX}{name}{end}").float() for end in (UP, DOWN))
-        return up @ down
+        up, down = self.factors(name)
+        return up.float() @ down.float()
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Up (out, r) and down (r, in) of a linear, as stored."""
+        return self._file.read(f"{PREFIX}{name}{UP}"), self._file.read(f"{PREFIX}{name}{DOWN}")
+
+    def rank(self, name: str) -> int:
+        """The r of a linear's branch."""
+        return self._file.tensors[f"{PREFIX}{name}{DOWN}"].shape[0]
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """The weight of a linear must have the shape of its branch. Raises ModelError."""

@@ -35,8 +35,12 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack`: (rows, words) int32 → (rows, count) uint8."""
     # Flat on the way: one word per row counts as contiguous in any layout, but only stride 1 can be viewed as bytes.
     bytewise = packed.contiguous().flatten().view(torch.uint8).view(packed.shape[0], -1)
-    codes = torch.empty(packed.shape[0], count, dtype=torch.uint8)
-    weights = 2 ** torch.arange(bits, dtype=torch.uint8)
+    if 8 % bits == 0:  # no code crosses a byte
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        within = (bytewise.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)  # (rows, bytes, codes per byte)
+        return within.flatten(1)[:, :count].contiguous()
+    codes = torch.empty(packed.shape[0], count, dtype=torch.uint8, device=packed.device)
+    weights = 2 ** torch.arange(bits, dtype=torch.uint8, device=packed.device)
     step = max(1, SLICE // max(1, count))
     for start in range(0, packed.shape[0], step):
         bitwise = unpack_bits(bytewise[start : start + step], count * bits).view(-1, count, bits)

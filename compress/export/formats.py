@@ -14,6 +14,7 @@ import torch
 
 from compress.checkpoint import DTYPE_NAMES, DTYPES, Slot
 from compress.grid import Grid
+from compress.kernels.pack import Layout, pack_part
 from compress.state import kept_weight
 
 if TYPE_CHECKING:
@@ -80,16 +81,15 @@ class Format:
 
 
 class Stored(NamedTuple):
-    """A linear of a quantized directory: its shape, the dtype of its weight, whether a branch lies beside it.
+    """A linear of a quantized directory: how the packed format would store it, and whether it has a branch.
 
-    `weight` makes the weight (out, in), without the branch, of the tensors by suffix; `branch` the branch's product.
-    Both raise ValueError for what tensors cannot be.
+    `weight` makes the weight (out, in), without the branch, of the tensors by suffix; `packed` the tensors of the
+    layout; `branch` the branch's product. All raise ValueError for what tensors cannot be.
     """
 
-    out_features: int
-    in_features: int
-    dtype: torch.dtype
+    layout: Layout
     weight: Callable[[Mapping[str, Tensor]], Tensor]
+    packed: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
     branch: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
 
@@ -107,6 +107,10 @@ class PackedFormat(Format):
     def stored_scale(self, scale: Tensor) -> Tensor:
         """Scales (out, groups) as the tensor `scales` holds them."""
         return scale
+
+    def modules(self, config: dict[str, Any]) -> set[str]:
+        """The linears that a ``quantization_config`` names one by one. Raises ValueError where it cannot be read."""
+        return set()
 
     def stored(
         self,
@@ -189,7 +193,13 @@ class CodesFormat(PackedFormat):
                 )
         scale = infos[self.scales].torch_dtype
         value = torch.promote_types(scale, dtype) if dtype else scale
-        return Stored(out, width, value, lambda tensors: self.grid(tensors, spec).dequantize(value).to(value))
+        layout = Layout(out, width, value, spec._replace(scale_dtype=scale))
+
+        def packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            grid = self.grid(tensors, spec)
+            return {suffix: pack_part(layout, suffix, grid, None, None) for suffix in layout.tensors()}
+
+        return Stored(layout, lambda tensors: self.grid(tensors, spec).dequantize(value).to(value), packed)
 
     def parts(self, out: int, width: int, spec: GridSpec) -> dict[str, tuple[str | None, tuple[int, ...]]]:
         """Suffix → dtype (None: that of the scales) and shape of each tensor of a linear (out, width)."""

@@ -103,6 +103,14 @@ class Packed(PackedFormat):
         found = [write_scheme(layout, modules) for layout, modules in schemes.items()]
         return {"quant_method": self.method, "version": VERSION, "schemes": found}
 
+    def modules(self, config: dict[str, Any]) -> set[str]:
+        """Those of all schemes."""
+        check_version(config)
+        schemes = config.get("schemes")
+        if not isinstance(schemes, list) or not all(isinstance(one.get("modules"), list) for one in schemes):
+            raise ValueError("there is no list of schemes with modules")
+        return {module for scheme in schemes for module in scheme["modules"]}
+
     def stored(
         self,
         config: dict[str, Any],
@@ -121,9 +129,7 @@ class Packed(PackedFormat):
             return branch.product()
 
         branch = product if layout.rank else None
-        return Stored(
-            layout.out_features, layout.in_features, layout.dtype, lambda parts: unpack_weight(layout, parts), branch
-        )
+        return Stored(layout, lambda parts: unpack_weight(layout, parts), lambda parts: parts, branch)
 
 
 def layout_of(linear: Linear) -> Layout:
@@ -189,13 +195,18 @@ def read_scheme(scheme: dict[str, Any]) -> Layout:
     return Layout(out, width, FLOATS[scheme["dtype"]], spec, scheme["sparsity"] is not None, rank)
 
 
-def find_layout(config: dict[str, Any], module: str) -> Layout:
-    """The layout of a module. Raises ValueError, LookupError or TypeError for a configuration that gives none."""
+def check_version(config: dict[str, Any]) -> None:
+    """Raise ValueError for a version of the format that is not this one."""
     version = config.get("version")
     if isinstance(version, int) and version > VERSION:
         raise ValueError(f"version {version} of the packed format is newer than {VERSION}; update compress")
     if version != VERSION:
         raise ValueError(f"there is no version {version} of the packed format")
+
+
+def find_layout(config: dict[str, Any], module: str) -> Layout:
+    """The layout of a module. Raises ValueError, LookupError or TypeError for a configuration that gives none."""
+    check_version(config)
     schemes = [one for one in config["schemes"] if module in one["modules"]]
     if len(schemes) != 1:
         raise ValueError(f"{len(schemes)} schemes name it")

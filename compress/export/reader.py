@@ -18,6 +18,7 @@ from compress.export.adapter import CONFIG, WEIGHTS, Branches
 from compress.export.adapter import FOLDER as ADAPTER
 from compress.export.formats import PackedFormat, Stored, known_formats
 from compress.hub import load_config
+from compress.kernels.pack import Layout
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,7 +71,13 @@ class DecodedCheckpoint(Checkpoint):
                 fix="give an output of compress",
             )
         self.form = form = formats[method]
+        try:
+            wanted = form.modules(config)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self._wrong("config.json", error) from None
+        self.layouts: dict[str, Layout] = {}  # by module
         self._coded: dict[str, _Coded] = {}
+        self._names: dict[str, str] = {}
         if dtype is None:  # the configuration leaves it open: as what is not quantized
             plain = (info for name, info in self.tensors.items() if name.rpartition(".")[2] not in form.suffixes)
             dtype = next((info.torch_dtype for info in plain if info.torch_dtype.is_floating_point), None)
@@ -86,12 +93,20 @@ class DecodedCheckpoint(Checkpoint):
                 raise self._wrong(prefix, error) from None
             for info in infos.values():
                 del self.tensors[info.name]
-            name, value = f"{prefix}.weight", torch.float32 if found.branch else found.dtype
-            shape = (found.out_features, found.in_features)
+            name, value = f"{prefix}.weight", torch.float32 if found.branch else found.layout.dtype
+            shape = (found.layout.out_features, found.layout.in_features)
             shape = shape[::-1] if transposed else shape
             first = next(iter(infos.values()))
             self.tensors[name] = replace(first, name=name, dtype=DTYPE_NAMES[value], shape=shape)
             self._coded[name] = _Coded(infos, found, transposed)
+            self.layouts[module] = found.layout
+            self._names[module] = name
+        if absent := sorted(wanted - self.layouts.keys()):
+            raise ModelError(
+                f"quantization_config names {absent[0]}, but its packed tensors are missing",
+                where=str(directory),
+                fix="copy the whole directory again",
+            )
 
     def _read(self, info: TensorInfo) -> Tensor:
         return read_tensor(self.directory / info.file, info)
@@ -109,6 +124,15 @@ class DecodedCheckpoint(Checkpoint):
         except ValueError as error:
             raise self._wrong(name.removesuffix(".weight"), error) from None
         return weight.T.contiguous() if coded.transposed else weight
+
+    def packed(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a linear's layout, by suffix."""
+        name = self._names[module]
+        coded = self._coded[name]
+        try:
+            return dict(coded.stored.packed({suffix: self._read(info) for suffix, info in coded.infos.items()}))
+        except ValueError as error:
+            raise self._wrong(name.removesuffix(".weight"), error) from None
 
     def _wrong(self, prefix: str, error: Exception) -> ModelError:
         return ModelError(
@@ -130,6 +154,7 @@ class BranchedCheckpoint(Checkpoint):
         self.tensors, self.sizes = dict(base.tensors), base.sizes
         modules = {architecture.parameter_name(name).removesuffix(".weight"): name for name in base.tensors}
         self._branched: dict[str, tuple[str, bool]] = {}
+        self.layouts = dict(base.layouts) if isinstance(base, DecodedCheckpoint) else {}
         for module in branches.shapes:
             if module not in modules:
                 raise ModelError(
@@ -142,6 +167,7 @@ class BranchedCheckpoint(Checkpoint):
             shape = base.tensors[name].shape
             branches.check(module, shape[::-1] if transposed else shape)
             self._branched[name] = (module, transposed)
+            self.layouts[module] = self._with_branch(module, base.tensors[name].torch_dtype)
             self.tensors[name] = replace(base.tensors[name], dtype="F32")
 
     def read(self, name: str) -> Tensor:
@@ -152,6 +178,33 @@ class BranchedCheckpoint(Checkpoint):
         module, transposed = self._branched[name]
         product = self.branches.product(module)
         return weight.float() + (product.T if transposed else product)
+
+    def _with_branch(self, module: str, dtype: torch.dtype) -> Layout:
+        """The layout of a linear with the branch of the adapter."""
+        out, width = self.branches.shapes[module]
+        layout = self.layouts.get(module, Layout(out, width, dtype))
+        if layout.rank:
+            raise ModelError(
+                f"{module} has a branch among the weights and one in the adapter",
+                where=str(self.branches.directory),
+                fix="remove the folder; it is of another output",
+            )
+        return replace(layout, rank=self.branches.rank(module))
+
+    def packed(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a linear's layout, by suffix."""
+        names = {inner: (name, transposed) for name, (inner, transposed) in self._branched.items()}
+        if isinstance(self.base, DecodedCheckpoint) and module in self.base.layouts:
+            parts = self.base.packed(module)
+        else:
+            name, transposed = names[module]
+            weight = self.base.read(name)
+            parts = {"weight": weight.T.contiguous() if transposed else weight}
+        if module in names:
+            layout = self.layouts[module]
+            up, down = self.branches.factors(module)
+            parts |= {"low_rank_up": up.to(layout.dtype), "low_rank_down": down.to(layout.dtype)}
+        return parts
 
 
 class _Coded(NamedTuple):

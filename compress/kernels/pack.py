@@ -243,7 +243,7 @@ def unpack_grid(layout: Layout, parts: Mapping[str, Tensor]) -> Grid:
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError("a scale is not positive and finite")
     if spec.symmetric:
-        zero = torch.full((out, groups), spec.middle, dtype=torch.uint8)
+        zero = torch.full((out, groups), spec.middle, dtype=torch.uint8, device=scale.device)
     else:
         zero = unpack(parts["zero"], spec.bits, groups)
     codes = unpack(parts["codes"], spec.bits, layout.in_features // 2 if layout.sparse else layout.in_features)
@@ -263,7 +263,7 @@ def unpack_weight(layout: Layout, parts: Mapping[str, Tensor]) -> Tensor:
     if not layout.sparse:
         return weight
     stored = unpack_positions(parts["positions"], layout.in_features)
-    return expand(weight, stored, torch.zeros(stored.shape, dtype=weight.dtype))
+    return expand(weight, stored, torch.zeros(stored.shape, dtype=weight.dtype, device=weight.device))
 
 
 def unpack_branch(layout: Layout, parts: Mapping[str, Tensor]) -> LowRank | None:

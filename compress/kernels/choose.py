@@ -1,0 +1,47 @@
+"""Which kernel multiplies with a linear, by its layout, the device and the dtype of activations; and why.
+
+A new backend is one more class in `KERNELS`: the first that does not refuse is taken, and the last never refuses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from compress.kernels.cpu import Int4, Int8
+from compress.kernels.reference import Decoded, Reference
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.kernels.kernel import Kernel
+    from compress.kernels.pack import Layout
+
+Kernels = Literal["auto", "decoded", "reference"]
+KERNELS: dict[str, tuple[type[Kernel], ...]] = {
+    "auto": (Int8, Int4, Decoded),  # the fastest first
+    "decoded": (Decoded,),
+    "reference": (Reference,),
+}
+
+
+class Choice(NamedTuple):
+    """A kernel and, in words, what it does and why no faster one does it."""
+
+    kernel: type[Kernel]
+    why: str
+
+
+def choose(layout: Layout, device: torch.device, dtype: torch.dtype, kernels: Kernels = "auto") -> Choice:
+    """The first kernel that can multiply with such a linear."""
+    refused: dict[str, list[str]] = {}  # reason -> kernels
+    for kernel in KERNELS[kernels]:
+        problem = kernel.refusal(layout, device, dtype)
+        if problem is None:
+            why = kernel.says(layout, dtype)
+            packed = layout.grid is not None or layout.sparse
+            if refused and packed and kernel is KERNELS[kernels][-1]:
+                reasons = [f"{' and '.join(names)}: {reason}" for reason, names in refused.items()]
+                why += f" ({'; '.join(reasons)})"
+            return Choice(kernel, why)
+        refused.setdefault(problem, []).append(kernel.name)
+    raise AssertionError(f"the last of the kernels {kernels} refuses a layout")

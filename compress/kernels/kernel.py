@@ -1,0 +1,99 @@
+"""What a kernel is: a module that multiplies with one packed linear, and says in advance whether it can.
+
+A kernel is chosen by `compress.kernels.choose` from the layout, the device and the dtype alone, so what will run is
+known before a weight is read. It takes the packed tensors once, in the order that it wants them, and never asks again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Self
+
+    from compress.kernels.pack import Layout
+
+
+class Kernel(nn.Module):
+    """A packed linear without its bias: ``y = x Wᵀ + (x downᵀ) upᵀ``.
+
+    Attributes:
+        layout: of the linear.
+        dtype: of activations.
+    """
+
+    name: ClassVar[str]
+    moves: ClassVar[bool] = False  # whether it may change its device and dtype after it was made
+    low_rank_up: Tensor | None
+    low_rank_down: Tensor | None
+
+    def __init__(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """Take the packed tensors by suffix, on the device that is to multiply.
+
+        Raises:
+            ValueError: they are none that the layout can have.
+        """
+        super().__init__()
+        self.layout, self.dtype = layout, dtype
+        self.device = next(iter(parts.values())).device
+        for suffix in ("low_rank_up", "low_rank_down"):
+            part = parts.get(suffix)
+            if part is not None and not bool(torch.isfinite(part).all()):
+                raise ValueError("a value of the branch is not finite")
+            self.hold(suffix, None if part is None else part.to(dtype))
+
+    @classmethod
+    def refusal(cls, layout: Layout, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot multiply with such a linear; None when it can."""
+        return None
+
+    @classmethod
+    def says(cls, layout: Layout, dtype: torch.dtype) -> str:
+        """What it does with such a linear, in a few words."""
+        raise NotImplementedError
+
+    def hold(self, name: str, tensor: Tensor | None) -> None:
+        """Keep a tensor that moves with the module and is not saved."""
+        self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, in) → (rows, out), in the dtype of x."""
+        y = self.multiply(x)
+        if self.low_rank_up is not None and self.low_rank_down is not None:
+            y = y + nn.functional.linear(nn.functional.linear(x, self.low_rank_down), self.low_rank_up)
+        return y
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x Wᵀ`` for x (rows, in), in the dtype of x."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if not self.moves:
+            probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+            if (probe.device.type, probe.dtype) != (self.device.type, self.dtype):
+                raise RunError(
+                    f"the weights are packed for {self.device.type} and {self.dtype}, not {probe.device.type} and "
+                    f"{probe.dtype}",
+                    where=f"the kernel {self.name}",
+                    fix="give device and dtype to compress.load, not to the loaded model",
+                )
+        result: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return result
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.name}, {self.dtype}"
+
+
+def ready(x: Tensor, dtype: torch.dtype, alignment: int = 64) -> Tensor:
+    """x (rows, in) as operators want it that read whole vectors: in `dtype`, contiguous, and aligned in memory."""
+    x = x.to(dtype).contiguous()
+    return x.clone() if x.data_ptr() % alignment else x
+
+
