@@ -59,12 +59,13 @@ class Setup:
     few: tuple[str, ...]  # linears whose updates of rank 1 are, with the norms, less than 1 % of the parameters
     dtype: torch.dtype
     steps: int  # of a training
+    more: int  # ranks trained beside a branch, in `few`
 
 
 SETUPS = {
-    "reference": Setup(256, 768, 128, None, None, (32, 64, 128), ("*",), torch.float16, 100),
-    "stories260K": Setup(64, 172, 32, 43, 43, (16, 32, 64, 43, 86), ("*.o_proj", "*.down_proj"), torch.float32, 200),
-    "babyllama-tok105": Setup(128, 352, 32, 88, 44, (16, 32, 64, 44, 88), ("*.mlp.*",), torch.float32, 200),
+    "reference": Setup(256, 768, 128, None, None, (32, 64, 128), ("*",), torch.float16, 100, 2),
+    "stories260K": Setup(64, 172, 32, 43, 43, (16, 32, 64, 43, 86), ("*.o_proj", "*.down_proj"), torch.float32, 200, 1),
+    "babyllama-tok105": Setup(128, 352, 32, 88, 44, (16, 32, 64, 44, 88), ("*.mlp.*",), torch.float32, 200, 1),
 }  # 172 = 4 · 43, 352 = 2⁵ · 11
 
 
@@ -96,6 +97,11 @@ def rows(model: str) -> dict[str, Row]:
         for variant in ("lora-prune", "masklora", "scalelora")
     }
     lora = PERP(train=("norms", "low_rank"), rank=1, match=setup.few, **training)
+    long = {"steps": 8 * setup.steps, "learning_rate": 5e-3, "schedule": "cosine", "patience": 8}
+    extend, mixed = (
+        PERP(train=("norms", "low_rank"), extend=True, rank=setup.more, match=setup.few, distill=share, **long)
+        for share in (1.0, 0.5)
+    )
     peqa = PEQA(learning_rate=2e-3)
     return {
         "RTN 4 bits": Row((rtn4,)),
@@ -122,6 +128,10 @@ def rows(model: str) -> dict[str, Row]:
         "LQ-LoRA 2.75 bits": Row((lqlora(setup),), "NF3"),
         "LQ-LoRA 3.127 bits": Row((lqlora(setup, 3.127),), "NF3"),
         "re-fit 2:4, 4 bits, EoRA, PERP norms": Row((refit, gptq4, eora, norms), "re-fit 2:4, 4 bits, EoRA"),
+        "re-fit 2:4, 4 bits, EoRA, PERP extend": Row((refit, gptq4, eora, extend), "re-fit 2:4, 4 bits, EoRA"),
+        "re-fit 2:4, 4 bits, EoRA, PERP extend, distill 0.5": Row(
+            (refit, gptq4, eora, mixed), "re-fit 2:4, 4 bits, EoRA"
+        ),
         "re-fit 2:4, 4 bits, PERP lora": Row((refit, gptq4, lora), "re-fit 2:4, 4 bits"),
         "re-fit 2:4, PERP norms": Row((refit, norms), "re-fit 2:4"),
         "re-fit 2:4, PERP masklora": Row((refit, merged["masklora"]), "re-fit 2:4"),

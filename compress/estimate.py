@@ -30,12 +30,17 @@ HEAD_BYTES = 16 << 20  # logits held at once while scoring; see compress.evals.p
 
 @dataclass(frozen=True)
 class Mode:
-    """How a run goes about it. `keep`: activations in memory too; `pause`: forwards wait between subsets."""
+    """How a run goes about it.
+
+    `keep`: activations in memory too; `pause`: forwards wait between subsets; `overlap`: a block is written while the
+    next one's forward runs.
+    """
 
     device: torch.device
     dtype: torch.dtype
     keep: bool
     pause: bool
+    overlap: bool
     memory: dict[str, int]  # peak bytes of each phase
 
     @property
@@ -73,8 +78,9 @@ def choose_mode(lock: Lock) -> Mode:
     allowed, refresh = lock.plan.run.memory, lock.plan.run.refresh
     limit = int(allowed) if allowed else int(0.9 * _available(device))
     # Statistics of a whole block leave nothing to wait for.
-    ways = ((True, True), (True, False), (False, False)) if refresh == "subset" else ((True, False), (False, False))
-    modes = [Mode(device, dtype, keep, pause, memory(lock, keep=keep, pause=pause)) for keep, pause in ways]
+    ways = [(True, False, True), (False, False, True), (False, False, False)]
+    ways = [(True, True, True), *ways] if refresh == "subset" else ways
+    modes = [Mode(device, dtype, *way, memory(lock, *way)) for way in ways]
     for mode in modes:
         if mode.peak <= limit:
             return mode
@@ -89,7 +95,7 @@ def choose_mode(lock: Lock) -> Mode:
     )
 
 
-def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
+def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[str, int]:
     """Peak bytes of each phase of a run on the CPU (on a GPU the same tensors lie on the device)."""
     skeleton, tensors = lock.skeleton, lock.checkpoint.tensors
     base = resident_memory() + LATER_IMPORTS
@@ -102,7 +108,8 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
     largest = max((linear for linear in lock.linears if linear.passes), key=lambda linear: linear.weights)
     widest = max(max(linear.in_features, linear.out_features) for linear in lock.linears)
     batch = _batch_tokens(lock)
-    forward = 4 * batch * (4 * skeleton.width + 3 * widest)
+    # Twice what is alive: what is freed in pieces smaller than the C library's threshold stays in its heap.
+    forward = 2 * 4 * batch * (4 * skeleton.width + 3 * widest)
     done = [linear for linear in lock.in_block(0) if linear.passes]
     # What the journal keeps of a block: that of the block before is written during the first forward, that of this one
     # is collected while it is solved, and shares the float32 weights of a float32 model.
@@ -117,7 +124,7 @@ def memory(lock: Lock, *, keep: bool, pause: bool) -> dict[str, int]:
     grams = sum(squares.values()) if lock.plan.run.refresh == "block" else square
     # Factoring holds four more matrices of the Gram's size beside the weight; solving, the factor.
     factor, held = (4 * square + 8 * largest.weights if square else 0), square
-    busiest = grams + max(written + forward + square, kept + factor, kept + held + solve)
+    busiest = grams + max(written * overlap + forward + square, kept + factor, kept + held + solve)
     phases = {"blocks": base + light + block + flow + busiest + KEPT}  # the heap keeps so much when it is freed
     if lock.calibrated:
         phases["embedding"] = base + light + embedding + flow

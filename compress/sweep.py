@@ -136,6 +136,8 @@ class Sweep:
     ) -> tuple[Activations | None, list[LedgerLine], dict[str, Tensor]]:
         """Compress one block; returns the activations behind it, its ledger and what the journal keeps."""
         lock, prefix = self.lock, self.skeleton.prefix(index)
+        if not self.mode.overlap:
+            self.work.flush()
         before = self.run.kept(self.number - 1, index)
         linears = [linear for linear in lock.in_block(index) if lock.passes(linear, self.number)]
         subsets = [[lin for lin in linears if lin.subset == n] for n in sorted({lin.subset for lin in linears})]

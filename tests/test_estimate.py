@@ -58,12 +58,13 @@ def test_an_impossible_memory_is_refused(model: Path) -> None:
 def test_the_fastest_mode_that_fits_is_chosen(model: Path, refresh: str) -> None:
     """Pausing serves only statistics that are collected subset by subset."""
     lock = lock_of(model, refresh=refresh)
-    wishes = [(True, True), (True, False), (False, False)][0 if refresh == "subset" else 1 :]
-    peaks = [max(memory(lock, keep=keep, pause=pause).values()) for keep, pause in wishes]
+    wishes = [(True, True, True), (True, False, True), (False, False, True), (False, False, False)]
+    wishes = wishes[0 if refresh == "subset" else 1 :]
+    peaks = [max(memory(lock, *wish).values()) for wish in wishes]
     assert peaks == sorted(set(peaks), reverse=True)
     for wish, peak in zip(wishes, peaks, strict=True):
         mode = choose_mode(lock_of(model, refresh=refresh, memory=peak))
-        assert ((mode.keep, mode.pause), mode.peak) == (wish, peak)
+        assert ((mode.keep, mode.pause, mode.overlap), mode.peak) == (wish, peak)
     with pytest.raises(PlanError):
         choose_mode(lock_of(model, refresh=refresh, memory=peaks[-1] - 1))
 
