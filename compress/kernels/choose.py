@@ -36,6 +36,8 @@ def choose(layout: Layout, device: torch.device, dtype: torch.dtype, kernels: Ke
     """The first kernel that can multiply with such a linear."""
     refused: dict[str, list[str]] = {}  # reason -> kernels
     for kernel in KERNELS[kernels]:
+        if kernel.runs_on not in (None, device.type):
+            continue
         problem = kernel.refusal(layout, device, dtype)
         if problem is None:
             why = kernel.says(layout, dtype)

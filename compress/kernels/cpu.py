@@ -44,10 +44,8 @@ INT8_ROWS = 32
 AT_ONCE = 1 << 19  # weights decoded at a time: 2 MiB in float32 stay in the cache
 
 
-def refusal(layout: Layout, device: torch.device, dtype: torch.dtype) -> str | None:
+def refusal(layout: Layout, dtype: torch.dtype) -> str | None:
     """What both operators need."""
-    if device.type != "cpu":
-        return f"runs on a CPU, not on {device.type}"
     if layout.grid is None:
         return "there are no codes"
     if layout.grid.kind != "int":
@@ -61,6 +59,7 @@ class Int4(Kernel):
     """2, 3, 4 bits as one plane of 4-bit codes, 8 bits as two."""
 
     name: ClassVar[str] = "int4"
+    runs_on: ClassVar[str | None] = "cpu"
 
     def __init__(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Shuffle the codes for the operator, rows filled up to whole blocks."""
@@ -81,7 +80,7 @@ class Int4(Kernel):
     @classmethod
     def refusal(cls, layout: Layout, device: torch.device, dtype: torch.dtype) -> str | None:
         """Groups must be whole ones of the operator."""
-        found = refusal(layout, device, dtype)
+        found = refusal(layout, dtype)
         if found is None and not _group(layout):
             assert layout.grid is not None
             found = f"32 does not divide groups of {layout.grid.width(layout.in_features)} columns"
@@ -144,6 +143,7 @@ class Int8(Kernel):
     """8 bits around the middle code, one scale per row."""
 
     name: ClassVar[str] = "int8"
+    runs_on: ClassVar[str | None] = "cpu"
     codes: Tensor
     scale: Tensor
 
@@ -157,7 +157,7 @@ class Int8(Kernel):
     @classmethod
     def refusal(cls, layout: Layout, device: torch.device, dtype: torch.dtype) -> str | None:
         """One scale per row, and rows that fill vectors: the operator does not check that."""
-        found = refusal(layout, device, dtype)
+        found = refusal(layout, dtype)
         if found is not None or layout.grid is None:
             return found
         if layout.grid.bits != 8:

@@ -28,6 +28,7 @@ class TritonInt4(Kernel):
     """2, 3 and 4 bits as codes of 4, the branch in the same launch."""
 
     name: ClassVar[str] = "triton-int4"
+    runs_on: ClassVar[str | None] = "cuda"
 
     def __init__(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """Shuffle the codes into the order of fragments."""
@@ -46,8 +47,8 @@ class TritonInt4(Kernel):
     @classmethod
     def refusal(cls, layout: Layout, device: torch.device, dtype: torch.dtype) -> str | None:
         """What the kernel needs of device, dtype and grid."""
-        if device.type != "cuda":
-            return f"runs on a GPU, not on {device.type}"
+        if not torch.cuda.is_available():
+            return "torch finds no GPU"
         if find_spec("triton") is None:
             return "Triton is not installed"
         if torch.cuda.get_device_capability(device) < (8, 0):

@@ -29,6 +29,7 @@ class Kernel(nn.Module):
     """
 
     name: ClassVar[str]
+    runs_on: ClassVar[str | None] = None  # the type of device; None is any
     moves: ClassVar[bool] = False  # whether it may change its device and dtype after it was made
     low_rank_up: Tensor | None
     low_rank_down: Tensor | None

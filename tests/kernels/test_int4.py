@@ -16,7 +16,7 @@ from compress.grid import Grid, GridSpec
 from tests.conftest import ROOT
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: in this process they are interpreted
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from compress.kernels import int4  # noqa: E402
 
 
@@ -124,10 +124,11 @@ def test_machine_code_keeps_to_registers() -> None:
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-2000:]
     lines = [json.loads(line) for line in found.stdout.splitlines()]
+    limit = 2.6 if triton.__version__ >= "3.9" else 4.0  # 3.6 moves halves about
     assert len(lines) == 2 * 4 * 2 * 4  # architectures, tiles, dtypes; three groups and a branch
     for line in lines:
         assert line["stack_bytes"] == 0, line
         assert line["registers"] <= 255
         assert line["shared_bytes"] <= 100 << 10  # an A100 has 164 KiB, other cards of sm_86 and sm_89 100
         if line["tile"]["rows"] <= 16 and line["group"] == 128 and not line["rank"]:
-            assert line["instructions_per_weight"] <= 2.6, line
+            assert line["instructions_per_weight"] <= limit, line
