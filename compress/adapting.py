@@ -104,7 +104,7 @@ class AdaptedLinear(nn.Module):
     def scale(self) -> Tensor:
         """The grid's scales (out, groups) as they are now: kept positive."""
         assert self.state.grid is not None
-        return self.state.grid.scale.float() * (1 + self.delta).clamp_min(1e-3)
+        return self.state.grid.scale.to(self.delta.device).float() * (1 + self.delta).clamp_min(1e-3)
 
     def current(self) -> Tensor:
         """The weight beside the branch, as it is trained."""
@@ -135,21 +135,21 @@ class AdaptedLinear(nn.Module):
     @torch.no_grad()
     def finish(self) -> LinearState:
         """The state with what was learned, settled."""
-        state = self.state
+        state, place = self.state, self.state.weight.device
         if self.form == "lora":
             root = self.factor**0.5
             pairs = [(self.up.detach(), self.down.detach())] if self.branched else []
             pairs += [(self.B.detach() * root, self.A.detach() * root)] if self.added else []
             ups, downs = zip(*pairs, strict=True)
-            state.low_rank = LowRank(torch.cat(ups, 1), torch.cat(downs, 0))
+            state.low_rank = LowRank(torch.cat(ups, 1).to(place), torch.cat(downs, 0).to(place))
         elif self.form == "scales":
             assert state.grid is not None
-            old, scale = state.grid.scale, self.scale().to(state.grid.scale.dtype)
+            old, scale = state.grid.scale, self.scale().to(place, state.grid.scale.dtype)
             held = (scale > 0) & torch.isfinite(scale)  # of the smallest and largest, float16 holds no other
             state.quantize(replace(state.grid, scale=torch.where(held, scale, old)))
         elif self.form != "fixed":
-            weight = self.current().detach()
-            state.weight = weight if self.kept is None else torch.where(self.kept, weight, 0.0)
+            weight = self.current().detach().to(place)
+            state.weight = weight if state.mask is None else torch.where(state.mask, weight, 0.0)
         state.settle()
         return state
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +124,12 @@ class WholeModel:
 
     def dense(self) -> nn.Module:
         """The model as it came, a second one in memory."""
-        return build(self.lock, self.device, {})
+        return build(self.lock, _building(self.world), {})
+
+
+def _building(world: World) -> torch.device:
+    """Where a model is built: in host memory, if each process is to keep a share of it only."""
+    return world.device if world.size == 1 else torch.device("cpu")
 
 
 def build(lock: Lock, device: torch.device, values: dict[str, Tensor]) -> nn.Module:
@@ -203,11 +208,12 @@ class Barrier:
 
     def _model(self, before: dict[int, dict[str, Tensor]], outside: dict[str, Tensor]) -> WholeModel:
         """The model as the sweeps before left it."""
-        lock, sweep = self.lock, Sweep(self.run, self.number)
+        lock, sweep, place = self.lock, Sweep(self.run, self.number), _building(self.run.world)
+        sweep.mode = replace(sweep.mode, device=place)
         values = {key.rpartition(":")[0]: value for key, value in outside.items()}
         for block, kept in before.items():
             values |= sweep.as_parameters(block, kept)
-        module = build(lock, self.mode.device, values)
+        module = build(lock, place, values)
         states = {}
         for linear in lock.linears:
             state = sweep.state(linear, before[linear.block])
