@@ -54,6 +54,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
         },
         "passes": passes,
         "output_bytes": lock.output_bytes,
+        "output_bytes_exact": not lock.undecided,
         "files": [{"name": shard.file, "bytes": shard.bytes} for shard in lock.shards],
         "disk_bytes": disk_bytes(lock),
         "memory": {"device": str(mode.device), "peak_bytes": mode.peak, "phases": mode.memory},
@@ -84,9 +85,10 @@ def print_check(found: dict[str, Any], console: Console) -> None:
         weights = f"{one['weights'] / 1e6:.2f} M"
         table.add_row(str(one["pass"]), one["use"], settings, str(one["linears"]), weights, str(one["sweep"] + 1))
     console.print(table)
+    how = "exactly" if found["output_bytes_exact"] else "at most"
     where = "in memory" if found["activations"] == "memory" else "on disk"
     for name, value in (
-        ("output", f"{human_bytes(found['output_bytes'])} ({found['output_bytes']:,} bytes, exactly)"),
+        ("output", f"{human_bytes(found['output_bytes'])} ({found['output_bytes']:,} bytes, {how})"),
         ("disk while running", human_bytes(found["disk_bytes"])),
         (
             "peak memory",

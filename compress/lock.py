@@ -22,7 +22,6 @@ from compress.export.scales import scale_shards, set_passes
 from compress.grid import Grid
 from compress.hub import config_digest, find_model, load_config
 from compress.passes.base import BlockPass, Invariant, LinearPass, ModelPass, Pass, SettingError, Statistics, matches
-from compress.passes.eora import EoRA
 from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
 from compress.state import kept_low_rank
 from compress.stream import Skeleton
@@ -202,9 +201,9 @@ class Lock:
         return replace(self, linears=tuple(linears), shards=shards)
 
     @property
-    def rank_budget(self) -> bool:
-        """Whether ranks are still to be allocated: then the size of the branches is the largest there may be."""
-        return any(isinstance(one, EoRA) and one.budget is not None for one in self.plan.passes)
+    def undecided(self) -> bool:
+        """Whether a run chooses ranks or bits under a budget: then sizes are the largest there may be."""
+        return any(getattr(one, "budget", None) is not None for one in self.plan.passes)
 
     def to_json(self) -> dict[str, Any]:
         """The lock as it is written beside the weights; equal locks give equal bytes."""

@@ -136,6 +136,15 @@ def test_help_and_version(option: str, capsys: pytest.CaptureFixture[str]) -> No
     assert ("resumes it" if "h" in option else "0.1.0") in result.out
 
 
+@pytest.mark.parametrize("budgeted", ['use = "lqlora"\nbudget = 8\nchoices_group = [16]', 'use = "eora"\nbudget = 50'])
+def test_check_says_where_a_budget_decides(budgeted: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (folder / "plan.toml").open("a") as plan:
+        plan.write(f"\n[[pass]]\n{budgeted}\nrank = 2\n")
+    shown = command(capsys, "check", "plan.toml")
+    found = json.loads(command(capsys, "check", "plan.toml", "--json").out)
+    assert f"{found['output_bytes']:,} bytes, at most" in shown.out
+
+
 def test_check_prints_what_the_run_then_writes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = command(capsys, "check", "plan.toml")
     found = json.loads(command(capsys, "check", "plan.toml", "--json").out)
