@@ -106,7 +106,7 @@ def int4_matmul(
 
     programs = WAVES * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     weight = Shuffled(words, scale, offset, group, tiles)
-    with torch.cuda.device_of(x):  # which need not be the current one
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # which need not be the current one
         return matmul(x, weight, out_features, up, dx, programs=programs)
 
 
