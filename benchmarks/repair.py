@@ -98,10 +98,9 @@ def rows(model: str) -> dict[str, Row]:
     }
     lora = PERP(train=("norms", "low_rank"), rank=1, match=setup.few, **training)
     long = {"steps": 8 * setup.steps, "learning_rate": 5e-3, "schedule": "cosine", "patience": 8}
-    extend, mixed = (
-        PERP(train=("norms", "low_rank"), extend=True, rank=setup.more, match=setup.few, distill=share, **long)
-        for share in (1.0, 0.5)
-    )
+    beside = {"train": ("norms", "low_rank"), "extend": True, "rank": setup.more, "match": setup.few}
+    extend = PERP(**beside, distill=1.0, **long)
+    mixed = PERP(**beside, distill=0.5, learning_rate=1e-2, steps=150)
     peqa = PEQA(learning_rate=2e-3)
     return {
         "RTN 4 bits": Row((rtn4,)),
