@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -62,7 +63,8 @@ def main() -> None:
     for name, passes in PLANS.items():
         console.rule(" → ".join(one.use() for one in passes), align="left")
         reports[name] = compress.run(plan(passes), progress=Progress(console))
-    table = Table(title="\nembedded reference model, 4.2 M parameters", title_justify="left")
+    title = "\nembedded reference model, 4.2 M parameters"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("perplexity", "KL to dense", "same top", "zeros", "size", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
