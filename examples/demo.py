@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +63,7 @@ def main() -> None:
         console.rule(" → ".join(one.use() for one in passes), align="left")
         reports[name] = compress.run(plan(passes), progress=Progress(console))
     title = "\nembedded reference model, 4.2 M parameters"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("perplexity", "KL to dense", "same top", "zeros", "size", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
