@@ -29,6 +29,8 @@ from compress.sweep import Sweep
 from compress.training_store import TrainingStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from compress.calibration.tokens import TokenSet
     from compress.lock import Lock
     from compress.pipeline import Execution
@@ -103,6 +105,27 @@ class WholeModel:
             for hook in hooks:
                 hook.remove()
         return output.logits, tuple(states)
+
+    def blame(self, ids: Tensor) -> str | None:
+        """The first layer whose output is not finite for token ids (rows, length); None when all are."""
+        found: list[str] = []
+
+        def watch(name: str) -> Callable[..., None]:
+            def look(_: nn.Module, __: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                if not found and isinstance(first, Tensor) and not bool(torch.isfinite(first).all()):
+                    found.append(name)
+
+            return look
+
+        hooks = [module.register_forward_hook(watch(name)) for name, module in self.module.named_modules() if name]
+        try:
+            with torch.no_grad():
+                self.logits(ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found[0] if found else None
 
     def _blocks(self, module: nn.Module) -> list[nn.Module]:
         return list(module.get_submodule(self.lock.architecture.blocks).children())

@@ -101,7 +101,7 @@ def train_whole(
     def of(chosen: Tensor) -> Tensor:
         return loss.value(model, teacher, ids[chosen], mask[chosen])
 
-    numbers = train(parameters, of, len(ids), settings, model.store, share)
+    numbers = train(parameters, of, len(ids), settings, model.store, share, lambda chosen: model.blame(ids[chosen]))
     for p in parameters.values():
         p.requires_grad_(False)
     model.finish(modules)

@@ -106,6 +106,7 @@ def train(
     settings: Training,
     store: Store,
     share: Share | None = None,
+    blame: Callable[[Tensor], str | None] | None = None,
 ) -> dict[str, float]:
     """Train `parameters` in place; at the end they have the values that were best on the held-out samples.
 
@@ -116,6 +117,7 @@ def train(
         settings: of the loop.
         store: keeps the state every `evaluate_every` steps.
         share: what of each batch this process takes, where there are several.
+        blame: the first layer whose output is not finite on samples, by their indices.
 
     Returns:
         numbers for the ledger: steps, first and best held-out loss (or training loss without held-out samples).
@@ -140,7 +142,7 @@ def train(
     step = int(numbers["step"])
     running = math.nan
     while step < settings.steps and numbers["waited"] < settings.patience:
-        running = _step(parameters, optimizer, loss, chosen, settings, step, share)
+        running = _step(parameters, optimizer, loss, chosen, settings, step, share, blame)
         if not math.isfinite(numbers["first"]):
             numbers["first"] = running
         step += 1
@@ -169,6 +171,7 @@ def _step(
     settings: Training,
     step: int,
     share: Share,
+    blame: Callable[[Tensor], str | None] | None,
 ) -> float:
     """One step of the optimizer; returns the mean loss."""
     for group in optimizer.param_groups:
@@ -181,7 +184,7 @@ def _step(
             value = loss(indices) * (weight / settings.accumulation)
         mean = share.mean(float(value.detach()))
         if not math.isfinite(mean):
-            raise _not_finite(f"the loss is {mean:g}", step, None)
+            raise _not_finite(f"the loss is {mean:g}", step, blame(indices) if blame else None)
         value.backward()  # type: ignore[no-untyped-call]
         total += mean
     gradients = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
