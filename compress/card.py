@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from compress.report import comparison, described, figure, human_bytes, percent, replace_text
 
 if TYPE_CHECKING:
-    from compress.report import Divergence, Report
+    from compress.evals.results import Divergence
+    from compress.report import Report
 
 
 def write_card(report: Report, directory: Path | str, base_model: str, license: str | None) -> None:

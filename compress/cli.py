@@ -33,7 +33,13 @@ app = App(
     suppress_keyboard_interrupt=False,  # `main` says what becomes of the run
 )
 out = Console()
-COMMANDS = ("check", "explain", "eval", "report", "swap-scales", "schema")
+COMMANDS = ("check", "explain", "eval", "baseline", "gate", "report", "swap-scales", "schema")
+
+
+class GateFailed(Exception):
+    """The verdict of a gate, once it is shown; no error."""
+
+
 Json = Annotated[bool, Parameter(name="--json", help="print JSON")]
 
 
@@ -130,21 +136,31 @@ def _explain_kernel(directory: Path, layer: str, device: str, dtype: str, *, as_
         _print_line(f"  {key:<12}  {value if isinstance(value, str) else json.dumps(value)}")
 
 
+Tasks = Annotated[tuple[str, ...], Parameter(name="--tasks", consume_multiple=True)]
+
+
 @app.command(name="eval")
 def evaluate(
     directory: Path,
     /,
     *,
-    text: tuple[str, ...],
+    text: tuple[str, ...] = (),
+    tasks: Tasks = (),
     window: int | None = None,
     stride: int | None = None,
     windows: int | None = None,
     dense: Path | None = None,
     special_tokens: Annotated[bool, Parameter(negative="--no-special-tokens")] = True,
+    limit: int | None = None,
+    batch_size: int = 16,
+    num_fewshot: int | None = None,
+    include_path: str | None = None,
+    dtype: str = "auto",
     device: str = "auto",
+    cache: Annotated[bool, Parameter(negative="--no-cache")] = True,
     as_json: Json = False,
 ) -> None:
-    """Measure the perplexity of a model directory, and its divergence to the dense model.
+    """Measure a model directory: perplexity of texts, divergence to the dense model, tasks of lm-eval.
 
     Parameters
     ----------
@@ -152,6 +168,8 @@ def evaluate(
         An emitted directory, or any model in safetensors.
     text
         A text file or a hub dataset; can be given several times.
+    tasks
+        Tasks of lm-eval by name, task files, or FORM:FILE; several, also separated by commas.
     window
         Tokens per window; default: the model's context, 2048 at most.
     stride
@@ -160,31 +178,177 @@ def evaluate(
         Only the first so many.
     dense
         The model that it came from, to compare with.
+    limit
+        Only the first so many samples of each task.
+    batch_size
+        Requests of a task that are computed together.
+    num_fewshot
+        Examples in a prompt; default: the task's.
+    include_path
+        A folder of task files of your own.
+    dtype
+        Of activations and plain weights in tasks; "auto" is the checkpoint's.
+    cache
+        Whether results of tasks are kept and used again.
     """
-    from pydantic import ValidationError
-
-    from compress.evals.perplexity import evaluate as measure
-    from compress.plan import Evaluate
+    from compress.evals.commands import settings_of, show_tasks
 
     if not directory.is_dir():
         raise PlanError("no such directory", where=str(directory), fix="give the output of a run")
-    try:
-        settings = Evaluate(
-            perplexity=text, window=window, stride=stride, windows=windows, special_tokens=special_tokens
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PlanError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", fix="correct the option") from None
-    import torch
+    if not text and not tasks:
+        raise PlanError("there is nothing to measure", where="eval", fix="give --text FILE or --tasks TASK")
+    options = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot, "dtype": dtype}
+    settings = settings_of(
+        perplexity=text, window=window, stride=stride, windows=windows, special_tokens=special_tokens,
+        tasks=tasks, include_path=include_path, **options,
+    )  # fmt: skip
+    chosen = _device(device)
+    lines = []
+    if text:
+        from compress.evals.perplexity import evaluate as measure
 
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    lines = measure(directory, settings, dense=dense, device=torch.device(chosen))
+        lines = [*measure(directory, settings, dense=dense, device=chosen)]
+    scores = show_tasks(directory, settings, dense, chosen, cache=cache, console=None if as_json else out)
     if as_json:
-        _print_json([line.model_dump(mode="json") for line in lines])
-        return
-    from compress.checking import print_evaluation
+        measured = [line.model_dump(mode="json") for line in lines]
+        _print_json({"texts": measured, "tasks": scores} if tasks else measured)
+    elif lines:
+        from compress.checking import print_evaluation
 
-    print_evaluation(lines, out)
+        print_evaluation(tuple(lines), out)
+
+
+@app.command
+def baseline(
+    directory: Path,
+    /,
+    *,
+    tasks: Tasks,
+    out_: Annotated[Path, Parameter(name="--out")],
+    limit: int | None = None,
+    batch_size: int = 16,
+    num_fewshot: int | None = None,
+    include_path: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    cache: Annotated[bool, Parameter(negative="--no-cache")] = True,
+) -> None:
+    """Evaluate tasks and store the outcome of every sample, for compress gate.
+
+    Parameters
+    ----------
+    directory
+        The model to be as good as: the dense one, or an output that was found good.
+    tasks
+        Tasks of lm-eval by name, task files, or FORM:FILE; several, also separated by commas.
+    out_
+        The file to write, JSON; the samples go into a .parquet file beside it.
+    limit
+        Only the first so many samples of each task.
+    batch_size
+        Requests of a task that are computed together.
+    num_fewshot
+        Examples in a prompt; default: the task's.
+    include_path
+        A folder of task files of your own.
+    dtype
+        Of activations and plain weights; "auto" is the checkpoint's.
+    cache
+        Whether results of tasks are kept and used again.
+    """
+    from compress.evals.commands import print_tasks, settings_of, write_baseline
+    from compress.evals.lines import task_lines
+
+    if not directory.is_dir():
+        raise PlanError("no such directory", where=str(directory), fix="give a model")
+    options = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot, "dtype": dtype}
+    settings = settings_of(tasks=tasks, include_path=include_path, **options)
+    found = write_baseline(directory, settings, out_, _device(device), cache=cache, console=out)
+    print_tasks(task_lines(found), found.groups, out)
+    _print_line(f"baseline {out_}")
+
+
+@app.command
+def gate(
+    directory: Path,
+    /,
+    *,
+    baseline: Path,
+    margin: float | None = None,
+    perplexity_margin: float | None = None,
+    loglikelihood_margin: float | None = None,
+    alpha: float | None = None,
+    power: float | None = None,
+    metrics: tuple[str, ...] = (),
+    inconclusive: str | None = None,
+    dense: Path | None = None,
+    out_: Annotated[Path | None, Parameter(name="--out")] = None,
+    github: bool = False,
+    device: str = "auto",
+    cache: Annotated[bool, Parameter(negative="--no-cache")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compare a directory with a baseline, sample by sample. Exit code 1 where it is worse, or too little is known.
+
+    Margins and levels are those of [gate] in the plan.toml beside the output; an option changes one.
+
+    Parameters
+    ----------
+    directory
+        An emitted directory, or any model in safetensors.
+    baseline
+        A file of compress baseline; its tasks and conditions are those of the gate.
+    margin
+        How much accuracy may be lost: 0.01 is one point.
+    perplexity_margin
+        How much perplexity may rise: 0.02 is 2 %.
+    loglikelihood_margin
+        Nats that right answers may lose; default: shown, not judged.
+    alpha
+        Rate of wrong verdicts, each way.
+    power
+        For the sample sizes that are stated.
+    metrics
+        Metrics to judge; default: of each kind a task's first.
+    inconclusive
+        What too few samples count as: "fail" or "pass".
+    dense
+        The dense model, for divergence token by token.
+    out_
+        Folder of gate.json and gate.xml (JUnit); default: the directory.
+    github
+        Print GitHub's annotations, and write its step summary; by itself in its workflows.
+    cache
+        Whether results of tasks are kept and used again.
+    """
+    from compress.evals.commands import gate_of, print_gate, run_gate, write_gate
+
+    options: dict[str, Any] = {"margin": margin, "perplexity_margin": perplexity_margin, "alpha": alpha, "power": power}
+    options |= {"loglikelihood_margin": loglikelihood_margin, "metrics": metrics, "inconclusive": inconclusive}
+    settings, chosen, folder = gate_of(directory, options), _device(device), out_ or directory
+    if not folder.is_dir():
+        raise PlanError("no such folder", where=str(folder), fix="make it, or leave --out away")
+    result = run_gate(directory, baseline, settings, chosen, dense=dense, cache=cache, console=None if as_json else out)
+    write_gate(result, folder)
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        print_gate(result, out)
+        _print_line(f"result {folder / 'gate.json'}, {folder / 'gate.xml'}")
+    if github or os.environ.get("GITHUB_ACTIONS") == "true":
+        _tell_github(result)
+    if not result.passed:
+        raise GateFailed
+
+
+def _tell_github(result: Any) -> None:
+    from compress.evals.ci import summary, workflow_commands
+
+    sys.stdout.write("\n".join(workflow_commands(result)) + "\n")
+    target = os.environ.get("GITHUB_STEP_SUMMARY")
+    if target:
+        with Path(target).open("a", encoding="utf-8") as file:
+            file.write(summary(result))
 
 
 @app.command
@@ -236,6 +400,12 @@ def schema() -> None:
     _print_json(json_schema())
 
 
+def _device(device: str) -> Any:
+    from compress.runtime import check_device
+
+    return check_device(device, "--device")
+
+
 def _follows() -> bool:
     """Whether this is one of several processes and not the first, which speaks for all."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
@@ -265,6 +435,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"error: {error}{hint}", style="red", highlight=False, markup=False, soft_wrap=True)
         errors.print("fix: see compress --help", highlight=False, markup=False)
         return 2
+    except GateFailed:
+        return 1
     except CompressError as error:
         if _follows():
             return error.exit_code

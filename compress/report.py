@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from compress.errors import PlanError
+from compress.evals.results import Divergence, GateResult, Measured, TaskLine, TasksInfo
 from compress.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA_VERSION = 1
-_FINITE = BeforeValidator(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
-Measured = Annotated[float | None, _FINITE]
 PassSettings = Annotated[dict[str, JsonValue], BeforeValidator(to_jsonable_python)]  # takes tuples, paths and enums
 ErrorKind = Literal["gram", "diagonal", "weight"]  # the statistic behind an error: all of XᵀX, its diagonal, or none
 
@@ -117,18 +116,6 @@ class TextScore(Settings):  # nll is in nats per target; None: not finite
     nll: Measured
 
 
-class Divergence(Settings):
-    """KL(dense ‖ compressed) per token in nats, agreement of the top token, RMS change of the target's probability."""
-
-    kl_mean: Measured
-    kl_median: Measured
-    kl_p99: Measured
-    kl_p999: Measured
-    kl_max: Measured
-    top1_agreement: Measured
-    rms_delta_p: Measured
-
-
 class EvaluationLine(Settings):
     """One text, the convention it was scored by, and the scores. ``tokens`` counts the targets."""
 
@@ -166,6 +153,9 @@ class Report(Settings):
     linears: tuple[LedgerLine, ...] = ()
     blocks: tuple[BlockLine, ...] = ()
     evaluation: tuple[EvaluationLine, ...] = ()
+    tasks: tuple[TaskLine, ...] = ()
+    tasks_info: TasksInfo | None = None
+    gate: GateResult | None = None
     phases: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: int
     estimated_memory_bytes: int
