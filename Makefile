@@ -27,7 +27,7 @@ bench: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,eval,readers]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,eval,readers,track]'
 # GPTQModel asks for torchao and works without; transformers imports it wherever it is, and it prints errors on a CPU.
 	$(BIN)/pip uninstall --quiet --yes torchao
 	touch $@

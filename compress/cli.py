@@ -66,8 +66,14 @@ def run_plan(plan: Path, /, *, restart: bool = False, overwrite: bool = False) -
     if _follows():
         return
     print_summary(report, out)
+    if report.gate:
+        from compress.evals.commands import print_gate
+
+        print_gate(report.gate, out)
     _print_line(f"output {loaded.resolve(loaded.run.output)}")
     _print_line(f"report {loaded.resolve(loaded.run.output) / 'report.html'}")
+    if report.gate and not report.gate.passed:
+        raise GateFailed
 
 
 @app.command
@@ -326,6 +332,8 @@ def gate(
     options: dict[str, Any] = {"margin": margin, "perplexity_margin": perplexity_margin, "alpha": alpha, "power": power}
     options |= {"loglikelihood_margin": loglikelihood_margin, "metrics": metrics, "inconclusive": inconclusive}
     settings, chosen, folder = gate_of(directory, options), _device(device), out_ or directory
+    if not directory.is_dir():
+        raise PlanError("no such directory", where=str(directory), fix="give the output of a run")
     if not folder.is_dir():
         raise PlanError("no such folder", where=str(folder), fix="make it, or leave --out away")
     result = run_gate(directory, baseline, settings, chosen, dense=dense, cache=cache, console=None if as_json else out)

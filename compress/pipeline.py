@@ -27,7 +27,7 @@ from compress.export.verify import verify
 from compress.journal import Workspace, file_checksum, work_directory
 from compress.lock import Lock, compile_plan
 from compress.memory import reset_peak_memory, tame_allocator
-from compress.outcome import assemble, emitted_lock, finished_report, identity, publish_report
+from compress.outcome import assemble, emitted_lock, finished_report, identity, publish_report, tell_tracker
 from compress.passes.eora import EoRA, spend
 from compress.progress import Progress
 from compress.report import Report, VerifiedInfo, load_report
@@ -173,6 +173,7 @@ class Execution:
         report = assemble(self, VerifiedInfo(tensors=count, bytes=size), tensors)
         publish_report(self, report)
         self.work.publish()
+        tell_tracker(self, report)
         self.progress.phases["total"] = time.perf_counter() - began
         return report
 

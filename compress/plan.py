@@ -114,6 +114,15 @@ class Gate(Settings):
     resamples: int = Field(default=9999, ge=999, description="of the bootstrap")
 
 
+class Track(Settings):
+    """A tracker to send settings and figures to, once the output is there."""
+
+    to: Literal["mlflow", "wandb", "trackio"] = Field(description="which one; install it beside compress")
+    project: str = Field(default="compress", min_length=1, description="experiment or project")
+    name: str | None = Field(default=None, min_length=1, description="of the run; default: the output's")
+    store: str | None = Field(default=None, min_length=1, description="folder or URL; default: the tracker's own")
+
+
 class Plan(Settings):
     """An ordered list of passes over one model and one calibration set."""
 
@@ -124,6 +133,7 @@ class Plan(Settings):
     exports: tuple[Export, ...] = Field(default=(Export(),), alias="export", min_length=1, max_length=1)
     evaluate: Evaluate | None = None
     gate: Gate | None = None
+    track: Track | None = None
 
     _source: Source | None = PrivateAttr(default=None)
 
@@ -163,7 +173,7 @@ class Plan(Settings):
 
     def canonical(self) -> dict[str, Any]:
         """Every setting, defaults included, less those that change no byte of the output: the plan's identity."""
-        data = self.model_dump(mode="json", by_alias=True, exclude={"run", "evaluate", "gate"})
+        data = self.model_dump(mode="json", by_alias=True, exclude={"run", "evaluate", "gate", "track"})
         data["run"] = {"refresh": self.run.refresh}
         data["pass"] = [{"use": p.use()} | p.model_dump(mode="json", by_alias=True) | _where(p) for p in self.passes]
         return data

@@ -169,7 +169,19 @@ def write_report(report: Report, directory: Path | str) -> None:
     """Write report.json and report.html into `directory`, each replaced whole or left as it was."""
     settings: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
     templates = Templates(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **settings)
-    words = (figure, human_bytes, human_seconds, percent, described, comparison, notices, _kinds, _decades, _steps)
+    words = (
+        figure,
+        human_bytes,
+        human_seconds,
+        percent,
+        described,
+        comparison,
+        notices,
+        _kinds,
+        _decades,
+        _steps,
+        signed,
+    )
     templates.globals.update({word.__name__.lstrip("_"): word for word in words}, log10=math.log10)
     # The page comes last: whatever happens to it, the numbers are safe.
     replace_text(Path(directory) / "report.json", report.model_dump_json(indent=2) + "\n")
@@ -257,6 +269,17 @@ def comparison(report: Report) -> list[tuple[str, str, str, str]]:
         if divergence:
             rows.append((f"KL to dense, {line.text}", "-", figure(divergence.kl_mean, "not finite"), "-"))
             rows.append((f"same top token, {line.text}", "-", percent(divergence.top1_agreement), "-"))
+    for task in report.tasks:
+        for metric in task.metrics:
+            old, new = metric.dense.value if metric.dense else None, metric.compressed.value
+            before = figure(old, "not finite" if metric.dense else "-")
+            rows.append((f"{metric.metric}, {task.task}", before, figure(new, "not finite"), change(old, new)))
+        if task.flips:
+            flipped = f"{task.flips.worse:,} worse, {task.flips.better:,} better"
+            rows.append((f"flips of {task.samples:,}, {task.task}", "-", flipped, "-"))
+        if task.divergence:
+            rows.append((f"KL to dense, {task.task}", "-", figure(task.divergence.kl_mean, "not finite"), "-"))
+            rows.append((f"same top token, {task.task}", "-", percent(task.divergence.top1_agreement), "-"))
     return rows
 
 
@@ -308,6 +331,11 @@ def percent(share: float | None) -> str:
     if share is None:
         return "-"
     return "< 0.01 %" if 0 < share < 5e-5 else "> 99.99 %" if 0.99995 <= share < 1 else f"{100 * share:.2f} %"
+
+
+def signed(share: float | None) -> str:
+    """A share as "-0.12 %", to two digits, whatever its sign and size."""
+    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def change(before: float | None, after: float | None) -> str:

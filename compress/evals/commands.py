@@ -12,7 +12,7 @@ from rich.table import Table
 from compress.errors import PlanError
 from compress.evals.results import GateResult
 from compress.plan import Evaluate, Gate
-from compress.report import figure, percent, replace_text
+from compress.report import figure, percent, replace_text, signed
 
 if TYPE_CHECKING:
     import torch
@@ -195,8 +195,6 @@ def run_gate(
     from compress.evals.outcomes import Outcomes
 
     need_harness()
-    if not directory.is_dir():
-        raise PlanError("no such directory", where=str(directory), fix="give the output of a run")
     known = Outcomes.load(baseline)
     same = settings_for(known)
     check_early(known, baseline)
@@ -258,15 +256,10 @@ def print_gate(result: GateResult, console: Console) -> None:
 
 def cells(one: Comparison) -> tuple[str, str, str, str, str]:
     """Loss, its upper bound and margin, baseline and value, in the units of the metric."""
-    show = figure if one.kind == "loglikelihood" else percent_signed
+    show = figure if one.kind == "loglikelihood" else signed
     values = (figure(one.baseline, "not finite"), figure(one.value, "not finite"))
     margin = "-" if one.margin is None else show(one.margin)
     return (show(one.loss), show(one.high), margin, *values)
-
-
-def percent_signed(share: float | None) -> str:
-    """A share as "-0.12 %", to two digits, whatever its sign and size."""
-    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def remarks(result: GateResult) -> list[str]:

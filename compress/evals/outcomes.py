@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_core import from_json
@@ -87,10 +87,10 @@ class Outcomes(Settings):
     harness: str  # version of lm-eval
     versions: dict[str, str]
     device: str
-    dtype: str
-    batch_size: int
-    limit: int | None
-    num_fewshot: int | None
+    dtype: Literal["auto", "float16", "bfloat16", "float32"]
+    batch_size: int = Field(ge=1)
+    limit: int | None = Field(ge=1)
+    num_fewshot: int | None = Field(ge=0)
     add_bos_token: bool | None
     include_path: str | None = None  # of a baseline: relative to its folder
     tasks: tuple[Task, ...]
