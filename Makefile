@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench slow clean
+.PHONY: demo gate test lint bench slow clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
+
+# Is what the demo wrote as good as the baselines that are committed?
+gate: $(VENV)/installed
+	$(BIN)/python -m pytest examples/ci
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2

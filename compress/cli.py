@@ -336,7 +336,8 @@ def gate(
         raise PlanError("no such directory", where=str(directory), fix="give the output of a run")
     if not folder.is_dir():
         raise PlanError("no such folder", where=str(folder), fix="make it, or leave --out away")
-    result = run_gate(directory, baseline, settings, chosen, dense=dense, cache=cache, console=None if as_json else out)
+    shown = None if as_json else out
+    result = run_gate(directory, baseline, settings, dense=dense, device=chosen, cache=cache, console=shown)
     write_gate(result, folder)
     if as_json:
         _print_json(result.model_dump(mode="json"))

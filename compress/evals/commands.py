@@ -175,16 +175,25 @@ def settings_for(baseline: Outcomes) -> Evaluate:
 
 
 def run_gate(
-    directory: Path,
-    baseline: Path,
-    settings: Gate,
-    device: torch.device,
+    directory: Path | str,
+    baseline: Path | str,
+    settings: Gate | None = None,
     *,
-    dense: Path | None = None,
+    dense: Path | str | None = None,
+    device: torch.device | str = "auto",
     cache: bool = True,
     console: Console | None = None,
 ) -> GateResult:
     """Evaluate a directory as a baseline was evaluated, and compare.
+
+    Args:
+        directory: an output of compress, or any model in safetensors.
+        baseline: a file of ``compress baseline``.
+        settings: margins and levels; default: `[gate]` of the plan beside the output.
+        dense: the dense model, for divergence token by token.
+        device: where to compute; "auto" is CUDA where there is one.
+        cache: use results that are known, and keep those that are not.
+        console: takes a line for each task.
 
     Raises:
         PlanError: the baseline cannot be read, or the two do not compare.
@@ -193,13 +202,17 @@ def run_gate(
     from compress.evals.gate import compare
     from compress.evals.harness import need_harness, run_tasks
     from compress.evals.outcomes import Outcomes
+    from compress.runtime import check_device
 
     need_harness()
+    directory, baseline, chosen = Path(directory), Path(baseline), check_device(device, "device")
     known = Outcomes.load(baseline)
     same = settings_for(known)
     check_early(known, baseline)
-    found = run_tasks(directory, same, folder=baseline.parent, device=device, cache=cache, say=_said(console))
-    tokens = token_lines(directory, dense, same, folder=baseline.parent, device=device, cache=cache) if dense else {}
+    options: dict[str, Any] = {"folder": baseline.parent, "device": chosen, "cache": cache}
+    found = run_tasks(directory, same, say=_said(console), **options)
+    tokens = token_lines(directory, Path(dense), same, **options) if dense else {}
+    settings = settings or gate_of(directory, {})
     return compare(found, known, settings, name=str(baseline), tokens=tuple(tokens.values()))
 
 

@@ -112,7 +112,8 @@ def _one(spec: Spec, loaded: Any, runner: Runner, *, cache: bool, say: Callable[
         if found:
             if say:
                 say(f"  {spec.name}: from the cache")
-            return found
+            known = tuple(task.model_copy(update={"spec": spec.text}) for task in found.tasks)  # the path may be new
+            return found.model_copy(update={"tasks": known})
     with quiet():
         results = runner.run(loaded)
     names = {name: spec.name if spec.form else name for name in loaded["tasks"]}
