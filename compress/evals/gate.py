@@ -8,8 +8,9 @@ For each judged metric of each task, with the margin m that the plan states:
   comparisons: a model that is no worse fails at most at rate alpha.
 - **inconclusive**: neither; there are too few samples for this margin.
 
-A model whose answers are those of the baseline, bit for bit, passes whatever their number; one with log-likelihoods
-that are not finite fails: argmax would call it perfect.
+A model whose answers are those of the baseline, bit for bit, passes whatever their number. One with log-likelihoods
+that are not finite fails, and an answer that is a tie now and was none counts as wrong: argmax takes the first choice,
+and would call a model that says NaN or the same to everything perfect on minimal pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress import __version__
-from compress.errors import PlanError
+from compress.errors import PlanError, nearest
 from compress.evals import statistics
 from compress.evals.harness import not_finite
 from compress.evals.results import Comparison, Flips, GateResult, Kind, Verdict
@@ -57,12 +58,16 @@ def compare(
         PlanError: they do not compare: another harness, batch size, tokenizer, prompt or set of samples.
     """
     check_conditions(found, baseline, name)
+    _check_metrics(found, settings)
     comparisons: list[Comparison] = []
     notes = _differences(found, baseline)
     for task in found.tasks:
         pairs = pair(task.name, found.samples[task.name], baseline.samples[task.name], name)
         comparisons += _task(task, pairs, settings)
         broken = not_finite(found.samples[task.name])
+        ties = sum(_newly_tied(both) for both in pairs)
+        if ties:
+            notes.append(f"{task.name}: {ties:,} answers are ties that were none in the baseline; they count as wrong")
         if broken:
             notes.append(f"{task.name}: {broken:,} of {task.samples:,} samples have log-likelihoods that are not finite")
     judged = [index for index, one in enumerate(comparisons) if one.margin is not None]
@@ -118,6 +123,21 @@ def check_conditions(found: Outcomes, baseline: Outcomes, name: str) -> None:
     missing = sorted(set(known) - {task.name for task in found.tasks})
     if missing:
         raise PlanError(f"the baseline's tasks {', '.join(missing)} were not evaluated", where=name, fix=again)
+
+
+def _check_metrics(found: Outcomes, settings: Gate) -> None:
+    """Refuse the name of a metric that no task has."""
+    known = {metric for task in found.tasks for metric in task.aggregation}
+    for metric in settings.metrics:
+        if metric not in known:
+            fix = f"the metrics of these tasks are {', '.join(sorted(known))}"
+            raise PlanError(f'no task has a metric "{metric}"{nearest(metric, known)}', where="gate.metrics", fix=fix)
+
+
+def _newly_tied(pair: Pair) -> bool:
+    """Whether the answer of a multiple choice is a tie in the second model alone."""
+    before, after = pair
+    return after.tied and not before.tied
 
 
 def _differences(found: Outcomes, baseline: Outcomes) -> list[str]:
@@ -189,6 +209,8 @@ def _series(pairs: list[Pair], metric: str) -> _Series | None:
         return None
     weights = [one[1] if len(one) == 2 else 1.0 for one, _ in rows]
     before, after = (np.array([row[side][0] for row in rows]) for side in (0, 1))
+    if metric == "acc":
+        after[[_newly_tied(both) for both in pairs]] = 0.0
     return _Series(before, after, np.array(weights))
 
 

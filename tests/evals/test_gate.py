@@ -207,6 +207,19 @@ def test_log_likelihoods_that_are_not_finite_fail() -> None:
     assert "50 of 50 samples have log-likelihoods that are not finite" in result.notes[-1]
 
 
+def test_a_model_that_says_the_same_to_everything_fails() -> None:
+    """It is right on every pair, too, where the right sentence comes first."""
+    before = rights(*[True] * 50)
+    constant = [
+        Sample(one.filter, one.doc_id, one.doc, one.prompt, (-1.0, -1.0), one.greedy, 0, {"acc": (1.0,)})
+        for one in before
+    ]
+    result = gate(outcomes(t=before), outcomes(t=constant))
+    assert result.verdict == "fail"
+    assert "50 answers are ties that were none in the baseline; they count as wrong" in result.notes[-1]
+    assert gate(outcomes(t=constant), outcomes(t=constant)).verdict == "pass"
+
+
 def test_flips_and_answers() -> None:
     before, after = rights(True, True, False, True), rights(True, False, True, True)
     found = only(gate(outcomes(t=before), outcomes(t=after), margin=0.9))
@@ -240,6 +253,13 @@ def test_holm_over_tasks() -> None:
 
 
 # ------------------------------------------------------------------ refusals
+
+
+def test_a_metric_that_no_task_has() -> None:
+    same = outcomes(t=rights(True))
+    assert only(gate(same, same, metrics=("acc",))).verdict == "pass"
+    with pytest.raises(PlanError, match='no task has a metric "acc_nrom"'):
+        gate(same, same, metrics=("acc_nrom",))
 
 
 @pytest.mark.parametrize(
