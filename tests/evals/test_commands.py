@@ -212,7 +212,9 @@ def test_a_plan_whose_gate_fails_has_written_its_output(folder: Path, capsys: py
         result = command(capsys, "plan.toml")
         assert result.code == 1
         assert "gate: inconclusive" in result.out or "gate: fail" in result.out
-    assert load_report(folder / "out").gate is not None
+    gate = load_report(folder / "out").gate
+    assert gate is not None
+    assert [one.task for one in gate.tokens] == ["rolling_perplexity:held-out"]
     assert command(capsys, "gate", "out", "--baseline", "base.json").code == 1  # by the margin of the plan
     assert command(capsys, "gate", "out", "--baseline", "base.json", "--perplexity-margin", "1e9").code == 0
 
