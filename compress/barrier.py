@@ -49,6 +49,7 @@ class WholeModel:
         store: keeps a training's state in the journal.
         world: the processes that train together.
         changed: names of parameters outside linears' weights that the pass changed.
+        found: block → what structured pruning finds, by the keys of `compress.structure` within the block.
     """
 
     lock: Lock
@@ -59,6 +60,7 @@ class WholeModel:
     store: TrainingStore
     world: World
     changed: set[str] = field(default_factory=set)
+    found: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def adapt(
         self, form: Form, *, rank: int, alpha: float, seed: int, extend: bool = False
@@ -146,8 +148,8 @@ class WholeModel:
             self.world.scatter(block)
 
     def dense(self) -> nn.Module:
-        """The model as it came, a second one in memory."""
-        return build(self.lock, _building(self.world), {})
+        """The plan's model as it came, a second one in memory."""
+        return build(self.lock.root, _building(self.world), {})
 
 
 def _building(world: World) -> torch.device:
@@ -288,6 +290,7 @@ class Barrier:
             if name.startswith(prefix):
                 stored = self.lock.checkpoint.tensors[self.lock.skeleton.stored[name]].torch_dtype
                 artifact[f"{name}:parameter"] = value.to(stored).cpu()
+        artifact |= {prefix + key: value.cpu() for key, value in model.found.get(block, {}).items()}
         self._write("block", block, artifact, ledger, share * len(ledger))
 
     def _write(

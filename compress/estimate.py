@@ -133,7 +133,7 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     if any(lock.is_barrier(sweep) for sweep in range(len(lock.sweeps))):
         phases["training"] = base + _training(lock, sum(counts.values()))
     phases["verification"] = base + written + 4 * largest.weights
-    if lock.plan.evaluate and lock.plan.evaluate.perplexity:
+    if lock.plan.evaluate and lock.plan.evaluate.perplexity and lock.ends:
         models = 2
         scoring = models * head + 12 * HEAD_BYTES  # logits, log p, p and products of both
         hidden = models * (_evaluation_tokens(lock) if keep else 0) * 4 * skeleton.width
@@ -150,7 +150,8 @@ def _training(lock: Lock, parameters: int) -> int:
     inside = 12 * width + 4 * inner + beside
     vocabulary = lock.skeleton.model.get_input_embeddings().num_embeddings
     most = 0
-    for one in lock.plan.passes:
+    for index in lock.stage:
+        one = lock.plan.passes[index]
         if one.barrier():
             tokens = length * getattr(one, "batch_size", 1)
             models = 2 if getattr(one, "distill", 0) or getattr(one, "hidden", 0) else 1
@@ -233,11 +234,15 @@ def _speed(device: torch.device) -> float:
 
 
 def disk_bytes(lock: Lock) -> int:
-    """Bytes needed beside the output while the run is under way: journal, activations and the output itself."""
+    """Bytes needed beside the output while the run is under way: journal, activations and the output itself.
+
+    With several stages, what each leaves stays until the end.
+    """
+    earlier = disk_bytes(lock.before) if lock.before else 0
     blocks = sum(lock.checkpoint.tensors[n.stored].bytes + n.weights // 8 for n in lock.linears if n.passes)
     calibration = lock.plan.calibration
     flow = 8 * calibration.samples * calibration.length * lock.skeleton.width if calibration and lock.calibrated else 0
-    return lock.output_bytes + blocks * len(lock.sweeps) + flow
+    return lock.output_bytes + blocks * len(lock.sweeps) + flow + earlier
 
 
 def check_disk(lock: Lock) -> None:

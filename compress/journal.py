@@ -238,7 +238,7 @@ class Workspace:
 
     def discard_without_blocks(self) -> None:
         """Remove the work directory of a run that compressed nothing yet."""
-        if not self.entries("block"):
+        if not self.entries("block") and not any(self.directory.glob("stage-*")):
             shutil.rmtree(self.directory, ignore_errors=True)
 
 

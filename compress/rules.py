@@ -127,9 +127,10 @@ def _unfit(plan: Plan, form: Format, reason: str, location: Location, fitting: l
     )
 
 
-def check_patterns(plan: Plan, names: list[str], head: str) -> None:
-    """Every glob must match something, and every pass must have something to do."""
-    for index, one in enumerate(plan.passes):
+def check_patterns(plan: Plan, stage: tuple[int, ...], names: list[str], head: str) -> None:
+    """Every glob must match something, and every pass of a stage must have something to do."""
+    for index in stage:
+        one = plan.passes[index]
         targets = [name for name in names if one.targets(name)]
         for pattern in one.match:
             if matches(head, (pattern,)) and not any(matches(name, (pattern,)) for name in names):
@@ -183,7 +184,8 @@ def check_calibration(lock: Lock) -> None:
 def check_passes(lock: Lock) -> None:
     """What passes say of the model and the calibration set, and what none of them can have."""
     plan = lock.plan
-    for index, one in enumerate(plan.passes):
+    for index in lock.stage:
+        one = plan.passes[index]
         try:
             if one.where and not isinstance(one, LinearPass):
                 problem = f"{one.use()} works on many linears together: it has one set of settings"

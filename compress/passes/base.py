@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -247,7 +247,8 @@ class BlockState:
     """One decoder block, as a block pass sees it; names are those within the block.
 
     A pass changes the states of `linears`, replaces `parameters` (norms and biases, float32) by new tensors, and
-    `moments` where it changed what a linear reads.
+    `moments` where it changed what a linear reads. What structured pruning finds goes into `found`, by the keys of
+    `compress.structure`.
     """
 
     architecture: Architecture
@@ -257,6 +258,7 @@ class BlockState:
     parameters: dict[str, torch.Tensor]
     followers: dict[str, Pass | None]  # the pass that will quantize the linear
     forward: BlockForward | None = None  # runs the block, for a pass that learns
+    found: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class BlockPass(Pass):
