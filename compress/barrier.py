@@ -99,7 +99,7 @@ class WholeModel:
             of: another model of the same make, such as the dense one.
         """
         module, states = of or self.module, list[Tensor]()
-        blocks = self._blocks(module) if hidden else ()
+        blocks = self._blocks(module) if hidden else []
         hooks = [block.register_forward_hook(lambda _, __, output: states.append(output)) for block in blocks]
         try:
             output = module(input_ids=ids.to(self.device), use_cache=False)
@@ -107,6 +107,25 @@ class WholeModel:
             for hook in hooks:
                 hook.remove()
         return output.logits, tuple(states)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks."""
+        return self._blocks(self.module)
+
+    def stream(self, ids: Tensor) -> list[Tensor]:
+        """The residual stream (rows, length, hidden) in front of each block and behind the last, of ids (rows, length)."""
+        seen: list[Tensor] = []
+
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        hook = self.blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            _, states = self.logits(ids, hidden=True)
+        finally:
+            hook.remove()
+        return [*seen, *states]
 
     def blame(self, ids: Tensor) -> str | None:
         """The first layer whose output is not finite for token ids (rows, length); None when all are."""
