@@ -114,7 +114,7 @@ class WholeModel:
         return self._blocks(self.module)
 
     def stream(self, ids: Tensor) -> list[Tensor]:
-        """The residual stream (rows, length, hidden) of ids (rows, length): in front of each block, and behind the last."""
+        """Of ids (rows, length), the residual stream (rows, length, hidden) before each block and after the last."""
         seen: list[Tensor] = []
 
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
