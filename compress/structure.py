@@ -207,36 +207,36 @@ def slots_after(skeleton: Skeleton, before: Sizes, after: Sizes, stored_order: l
     return slots
 
 
+def config_values(architecture: Architecture, config: Any, before: Sizes, after: Sizes) -> dict[str, Any]:
+    """The entries of config.json that other widths and another depth change."""
+    values: dict[str, Any] = {}
+    heads, channels = width_named(architecture, "heads"), width_named(architecture, "channels")
+    if (after.heads, after.hidden) != (before.heads, before.hidden):
+        values[heads.units] = after.heads
+        values |= {name: getattr(config, name) * after.heads // before.heads for name in heads.also}
+        if heads.unit_size:
+            values[heads.unit_size] = head_size(architecture, config)
+    if after.channels != before.channels or channels.unset:
+        values[channels.units] = after.channels
+    if after.hidden != before.hidden:
+        same = [name for name in architecture.hidden.also if getattr(config, name, None) == before.hidden]
+        values |= dict.fromkeys((architecture.hidden.size, *same), after.hidden)
+    if after.blocks != before.blocks:
+        values["num_hidden_layers"] = after.blocks
+    native = getattr(type(config), "attribute_map", {})
+    return {native.get(name, name): value for name, value in values.items()}
+
+
 def smaller_config(skeleton: Skeleton, after: Sizes, blocks: list[int]) -> dict[str, Any]:
-    """config.json of the smaller model."""
+    """config.json of the smaller model; `blocks`: the old ones that stay."""
     architecture, config = skeleton.architecture, skeleton.config
     before = Sizes.of(architecture, config)
     raw = read_json(skeleton.checkpoint.directory / "config.json")
-    native = getattr(type(config), "attribute_map", {})
-
-    def put(attribute: str, value: Any) -> None:
-        raw[native.get(attribute, attribute)] = value
-
-    heads, channels = width_named(architecture, "heads"), width_named(architecture, "channels")
-    if (after.heads, after.hidden) != (before.heads, before.hidden):
-        put(heads.units, after.heads)
-        for attribute in heads.also:
-            put(attribute, getattr(config, attribute) * after.heads // before.heads)
-        if heads.unit_size:
-            put(heads.unit_size, head_size(architecture, config))
-    if after.channels != before.channels or channels.unset:
-        put(channels.units, after.channels)
-    if after.hidden != before.hidden:
-        put(architecture.hidden.size, after.hidden)
-        for attribute in architecture.hidden.also:
-            if getattr(config, attribute, None) == before.hidden:
-                put(attribute, after.hidden)
-    if after.blocks != before.blocks:
-        put("num_hidden_layers", after.blocks)
-        for attribute in PER_LAYER:
-            values = getattr(config, attribute, None)
-            if isinstance(values, (list, tuple)) and len(values) == before.blocks:
-                put(attribute, [values[block] for block in blocks])
+    raw |= config_values(architecture, config, before, after)
+    for name in PER_LAYER if after.blocks != before.blocks else ():
+        values = getattr(config, name, None)
+        if isinstance(values, (list, tuple)) and len(values) == before.blocks:
+            raw[name] = [values[block] for block in blocks]
     return raw
 
 

@@ -64,7 +64,9 @@ class LoRAPrune(Training, Narrowing, ModelPass):
 
     def left(self, sizes: Sizes, architecture: Architecture, config: Any) -> Sizes:
         """Fewer heads and channels."""
-        return self.narrowed(sizes, architecture, config)
+        after = self.narrowed(sizes, architecture, config)
+        self.check_heads(sizes, after, architecture, config)
+        return after
 
     def check_shape(self, out_features: int, in_features: int) -> None:
         """The factors are smaller than the weight."""

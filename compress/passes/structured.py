@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from compress.passes.base import Invariant, Pass, SettingError
-from compress.structure import Sizes, head_size, width_named
+from compress.structure import Sizes, config_values, head_size, width_named
 
 if TYPE_CHECKING:
     from compress.architecture import Architecture
@@ -57,6 +57,30 @@ class Narrowing(Structured):
                 raise SettingError(problem, "give hidden instead, which takes heads along", ("heads",))
             after = replace(after, heads=rounded("heads", self.heads, sizes.heads, 1))
         return after
+
+    def check_heads(self, sizes: Sizes, after: Sizes, architecture: Architecture, config: Any) -> None:
+        """Refuse a number of heads that the model's configuration refuses. Raises SettingError."""
+        if not refuses(architecture, config, sizes, after):
+            return
+        key = "heads" if after.heads < sizes.heads else "hidden"
+        counts = [
+            n for n in range(1, sizes.heads) if not refuses(architecture, config, sizes, replace(after, heads=n))
+        ]
+        problem = f"{after.heads} of {sizes.heads} heads and a hidden size of {after.hidden} do not go together"
+        problem += f": {type(config).__name__} wants the number of query heads to divide the hidden size"
+        fits = ", ".join(f"{1 - n / sizes.heads:.4g}" for n in counts)
+        fix = f"heads that go with it: {fits}" if counts else "give another hidden, or leave it out"
+        raise SettingError(problem, fix, (key,))
+
+
+def refuses(architecture: Architecture, config: Any, before: Sizes, after: Sizes) -> bool:
+    """Whether transformers' configuration of the family refuses these heads and this hidden size."""
+    values = config.to_dict() | config_values(architecture, config, before, after)
+    try:
+        type(config).from_dict(values)
+    except Exception:  # each family has its own
+        return True
+    return False
 
 
 def rounded(key: str, fraction: float, size: int, multiple: int) -> int:

@@ -74,11 +74,14 @@ class WidthPruning(Narrowing, BlockPass):
         """The hidden width too; with it heads, where it is heads times their size."""
         after = self.narrowed(sizes, architecture, config)
         if not self.hidden:
+            self.check_heads(sizes, after, architecture, config)
             return after
         size = coupled_heads(architecture, config)
         multiple = self.multiple if size is None else math.lcm(self.multiple, size)
         after = replace(after, hidden=rounded("hidden", self.hidden, sizes.hidden, multiple))
-        return after if size is None else replace(after, heads=after.hidden // size)
+        after = after if size is None else replace(after, heads=after.hidden // size)
+        self.check_heads(sizes, after, architecture, config)
+        return after
 
     def takes(self, architecture: Architecture, config: Any, targets: list[str], quantized: set[str]) -> list[str]:
         """The linears that read the units, and where the score or the hidden width asks for them, more."""
