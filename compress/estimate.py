@@ -18,6 +18,7 @@ from compress.calibration.moments import Statistics
 from compress.errors import PlanError
 from compress.journal import work_directory
 from compress.memory import KEPT, resident_memory
+from compress.passes.loraprune import LoRAPrune
 from compress.report import human_bytes
 from compress.walk import batch_rows
 
@@ -146,16 +147,19 @@ def _training(lock: Lock, parameters: int) -> int:
     calibration = lock.plan.calibration
     length = calibration.length if calibration else 0
     width, inner = lock.skeleton.width, max(linear.out_features for linear in lock.linears)
-    beside = sum(linear.out_features for linear in lock.in_block(0) if linear.rank)  # what branches add to
-    inside = 12 * width + 4 * inner + beside
     vocabulary = lock.skeleton.model.get_input_embeddings().num_embeddings
     most = 0
     for index in lock.stage:
         one = lock.plan.passes[index]
         if one.barrier():
             tokens = length * getattr(one, "batch_size", 1)
+            merged = isinstance(one, LoRAPrune)  # every linear has a branch while it trains, and masked inputs
+            beside = sum(n.out_features for n in lock.in_block(0) if n.rank or merged)  # what branches add to
+            inside = 12 * width + 4 * inner + beside + merged * (inner + width)
             models = 2 if getattr(one, "distill", 0) or getattr(one, "hidden", 0) else 1
             states = 4 * 3 * sum(linear.weights for linear in lock.linears)  # dense, current, and what is learned
+            if "weights" in getattr(one, "trained", ()):  # gradient, both moments of AdamW, and the best values
+                states += 4 * 4 * parameters
             again = getattr(one, "gradient_checkpointing", False)
             kept = lock.blocks * width + inside if again else lock.blocks * inside
             logits = 5 if models == 1 else 12  # of the loss and its gradient; with distillation log p and log q, too
