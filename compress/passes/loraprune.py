@@ -15,7 +15,7 @@ Gradients are read as the backward leaves them, unclipped. A unit that was maske
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -41,6 +41,9 @@ class LoRAPrune(Training, Narrowing, ModelPass):
 
     rank: int = Field(default=8, ge=1, description="of the factors")
     alpha: float | None = Field(default=None, gt=0, description="the product counts alpha / rank; default: 2 · rank")
+    initialize: Literal["principal", "zero"] = Field(
+        default="principal", description="B A begins as the largest singular directions of W, or as 0"
+    )
     average: float = Field(default=0.9, ge=0, lt=1, description="λ of the moving average of importance")
     prune_every: int = Field(default=10, ge=1, description="steps between changes of the masks")
     start: float = Field(default=0.1, ge=0, lt=1, description="fraction of the steps before the first unit is masked")
@@ -92,6 +95,9 @@ class LoRAPrune(Training, Narrowing, ModelPass):
         """Train, mask, merge; which units are left goes into `model.found`."""
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         modules = model.adapt("lora-merge", rank=self.rank, alpha=alpha, seed=self.seed)
+        if self.initialize == "principal":
+            for module in modules.values():
+                begin_principal(module, self.seed)
         lock = model.lock
         sizes = lock.sizes
         after = self.left(sizes, lock.architecture, lock.config)
@@ -112,6 +118,23 @@ class LoRAPrune(Training, Narrowing, ModelPass):
             state.weight = state.weight * group.mask.to(state.weight)
             notes[group.reader] = {"detail": f"{len(kept)} of {len(group.alive)} {group.width.name}; {detail}"}
         return notes
+
+
+@torch.no_grad()
+def begin_principal(module: AdaptedLinear, seed: int) -> None:
+    """Have s B A be the best approximation of W at its rank, and the fixed weight the rest (PiSSA, arXiv 2404.02948).
+
+    From B = 0 the first steps see the gradient through a random projection of the inputs, which tells little of the
+    columns of W; from here they see it along the directions that W has.
+    """
+    rank = module.B.shape[1]
+    with torch.random.fork_rng(devices=[module.weight.device] if module.weight.is_cuda else []):
+        torch.manual_seed(seed)
+        U, S, V = torch.svd_lowrank(module.weight, q=min(rank + 8, *module.weight.shape), niter=4)
+    root = (S[:rank] / module.factor).sqrt()
+    module.B.copy_(U[:, :rank] * root)
+    module.A.copy_((V[:, :rank] * root).T)
+    module.weight.sub_(module.factor * (module.B @ module.A))
 
 
 class Group:
