@@ -195,14 +195,14 @@ class Lock:
 
     def begins_with(self, sweep: int) -> int:
         """The sweep whose result a sweep begins with: the one before; all that make a named set of scales share one."""
-        sets = set_passes(self.plan)
+        sets = set_passes(self.plan) if self.ends else {}
         first = self.sweep_of(min(sets)) if sets else len(self.sweeps)
         return min(sweep, first) - 1
 
     @property
     def scale_sets(self) -> dict[str, Shard]:
         """The file of each named set of scales."""
-        return scale_shards(self.plan, self.linears)
+        return scale_shards(self.plan, self.linears) if self.ends else {}
 
     @property
     def architecture(self) -> Architecture:
@@ -211,8 +211,13 @@ class Lock:
 
     def statistics(self, linear: Linear, sweep: int) -> Statistics:
         """The statistics that a sweep needs of a linear's input."""
-        local = [p for _, p in self.passes(linear, sweep) if isinstance(p, (LinearPass, BlockPass)) and not p.barrier()]
-        return max((p.needed() for p in local), default=Statistics.NONE)
+        name = linear.name.removeprefix(self.skeleton.prefix(linear.block))
+        needed = [
+            p.needed_of(name, self.architecture, self.config) if isinstance(p, BlockPass) else p.needed()
+            for _, p in self.passes(linear, sweep)
+            if isinstance(p, (LinearPass, BlockPass)) and not p.barrier()
+        ]
+        return max(needed, default=Statistics.NONE)
 
     @property
     def output_bytes(self) -> int:
@@ -332,7 +337,7 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
     bare = list(_block_linears(skeleton))
     check_patterns(plan, stage, [linear.name for linear in bare], architecture.head)
     linears = _with_block_passes(plan, stage, skeleton, [_with_passes(linear, plan, stage) for linear in bare])
-    check_order(plan, linears)
+    check_order(plan, stage, linears)
     left = _left(plan, stage, architecture, config)
     form = known_formats()["huggingface" if left else plan.exports[0].format]
     if left and stage[-1] == len(plan.passes) - 1 and plan.exports[0].format != form.name:

@@ -66,9 +66,15 @@ class WidthPruning(Narrowing, BlockPass):
 
     def needed(self) -> Statistics:
         """The Gram matrix for obs, flap and the update; norms are enough for wanda and the hidden width."""
-        if (self.heads or self.channels) and (self.updates or self.score in ("obs", "flap")):
+        if self.updates or self.score == "flap":
             return Statistics.GRAM
         return Statistics.NORMS if self.score == "wanda" or self.hidden else Statistics.NONE
+
+    def needed_of(self, linear: str, architecture: Architecture, config: Any) -> Statistics:
+        """What ranks units asks for the input of those that read them only; the hidden width for that of its readers."""
+        if any(linear in width.columns for width in self._widths(architecture, config)):
+            return self.needed()
+        return Statistics.NORMS if self.hidden and linear in architecture.hidden.reads else Statistics.NONE
 
     def left(self, sizes: Sizes, architecture: Architecture, config: Any) -> Sizes:
         """The hidden width too; with it heads, where it is heads times their size."""
@@ -115,12 +121,12 @@ class WidthPruning(Narrowing, BlockPass):
             columns = units[kept].flatten()
             gone = torch.ones(state.in_features, dtype=torch.bool)
             gone[columns] = False
-            if self.score == "flap":
-                self._compensate(block, name, W[:, gone] @ (moments.sums[gone] / max(1, moments.tokens)))
             if self.updates:
                 state.weight = refitted(W, moments, columns, self.damping)
             else:
                 state.weight = torch.where(gone.to(W.device), 0.0, W)
+            if self.score == "flap":
+                self._compensate(block, name, (W - state.weight) @ (moments.sums / max(1, moments.tokens)))
             block.found |= {f"{width.name}:kept": kept}
             notes[name] = {"detail": f"{keep} of {len(units)} {width.name}"}
         return notes
@@ -148,7 +154,7 @@ class WidthPruning(Narrowing, BlockPass):
         return order[remove:].sort().values
 
     def _compensate(self, block: BlockState, name: str, missing: Tensor) -> None:
-        """Give the bias, where there is one, what the removed units gave on average."""
+        """Give the bias, where there is one, what the output now lacks on average."""
         bias = block.parameters.get(f"{name}.bias")
         if bias is not None:
             block.parameters[f"{name}.bias"] = bias + missing.to(bias.device)
