@@ -26,7 +26,7 @@ from compress.passes.structured import Structured
 from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
 from compress.state import kept_low_rank
 from compress.stream import Skeleton
-from compress.structure import Sizes, Sketch, slots_after
+from compress.structure import Sizes, sketch, slots_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -112,9 +112,9 @@ class Lock:
     shards: tuple[Shard, ...]
     form: Format
     stage: tuple[int, ...]
-    left: Sizes | None = None
-    before: Lock | None = None
-    sketch: Sketch | None = None  # the directory, where the stage before has not run
+    left: Sizes | None
+    before: Lock | None
+    config_digest: str  # of the model's config.json, which is gone where the stage before has not run
 
     @property
     def stages(self) -> tuple[Lock, ...]:
@@ -266,7 +266,7 @@ class Lock:
             "plan": self.canonical(),
             "model": {
                 "architecture": self.config.model_type,
-                "config": config_digest(self.directory),
+                "config": self.config_digest,
                 "headers": self.checkpoint.digest(),
                 "bytes": sum(self.checkpoint.sizes.values()),
             },
@@ -323,13 +323,12 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
     Raises:
         PlanError, ModelError: as `compile_plan`.
     """
-    sketch = None
     if before is None:
         directory = find_model(plan.model, plan.folder, plan.source.where(("model", "path")))
     elif directory is None:
         assert before.left is not None
-        sketch = Sketch(before.skeleton, before.left, before.shards)
-        directory = sketch.directory
+        with sketch(before.skeleton, before.left, before.shards) as drawn:
+            return compile_stage(plan, stage, before, drawn)
     config = load_config(directory, trust_remote_code=plan.model.trust_remote_code)
     architecture = architecture_for(config.model_type)
     checkpoint = Checkpoint(directory)
@@ -358,19 +357,15 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
         stage,
         left,
         before,
-        sketch,
+        config_digest(directory),
     )
     check_calibration(lock)
     check_passes(lock)
     copied_files(directory, code=plan.model.trust_remote_code)
     if left and lock.ends:
-        sketched = Sketch(skeleton, left, shards)  # that transformers builds what config.json will say
-        _skeleton(
-            plan,
-            Checkpoint(sketched.directory),
-            load_config(sketched.directory, trust_remote_code=plan.model.trust_remote_code),
-            architecture,
-        )
+        with sketch(skeleton, left, shards) as drawn:  # that transformers builds what config.json will say
+            smaller = load_config(drawn, trust_remote_code=plan.model.trust_remote_code)
+            _skeleton(plan, Checkpoint(drawn), smaller, architecture)
     return lock
 
 

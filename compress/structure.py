@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,10 @@ class CutTensors:
         assert self.lock.left is not None
         return smaller_config(self.lock.skeleton, self.lock.left, self.left.blocks)
 
+    def knows(self, name: str) -> bool:
+        """Whether the model has a tensor of this name."""
+        return name in self._names
+
     def mask(self, linear: Linear) -> Tensor | None:
         """There is none: structured pruning comes before masks."""
         return None
@@ -275,19 +280,18 @@ def _hidden_kept(lock: Lock, score: Tensor) -> Tensor:
     return score.argsort(descending=True, stable=True)[: lock.left.hidden].sort().values
 
 
-class Sketch:
+@contextmanager
+def sketch(skeleton: Skeleton, after: Sizes, shards: tuple[Shard, ...]) -> Iterator[Path]:
     """A directory that has config.json and headers of a model still to be made, and no weights: its files are holes."""
-
-    def __init__(self, skeleton: Skeleton, after: Sizes, shards: tuple[Shard, ...]) -> None:
-        """Write it; it goes when this object does."""
-        self._held = tempfile.TemporaryDirectory(prefix="compress-check-")
-        self.directory = Path(self._held.name)
+    with tempfile.TemporaryDirectory(prefix="compress-check-") as held:
+        directory = Path(held)
         config = smaller_config(skeleton, after, list(range(after.blocks)))
-        (self.directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
         index = index_text(list(shards))
         if index:
-            (self.directory / INDEX).write_text(index, encoding="utf-8")
+            (directory / INDEX).write_text(index, encoding="utf-8")
         for shard in shards:
-            with (self.directory / shard.file).open("wb") as file:
+            with (directory / shard.file).open("wb") as file:
                 file.write(shard.header())
                 file.truncate(shard.bytes)
+        yield directory

@@ -100,7 +100,7 @@ def rounded(key: str, fraction: float, size: int, multiple: int) -> int:
         fix = f"choose a smaller multiple: none of {multiple} is below {size}" if multiple > 1 else f"leave {key} out"
     else:
         nearest = min(fits, key=lambda n: abs(n - wanted))
-        fix = f"{key} = {1 - nearest / size:.4g} leaves {nearest}" + (", or choose a smaller multiple" if multiple > 1 else "")
+        fix = f"{key} = {1 - nearest / size:.6g} leaves {nearest}" + (", or choose a smaller multiple" if multiple > 1 else "")
     raise SettingError(problem, fix, (key,))
 
 
