@@ -1,7 +1,7 @@
 """Structured pruning in one shot: attention heads, MLP channels and the hidden width, by what their absence would cost.
 
-A unit of a width is read by one linear W (out, in) through columns u: removing it takes ``W_u x_u`` from the output. With
-the second moment H = X Xᵀ of that input, `score` is how units are ranked, the least first to go:
+A unit of a width is read by one linear W (out, in) through columns u: removing it takes ``W_u x_u`` from the output. With the
+second moment H = X Xᵀ of that input, `score` is how units are ranked, the least first to go:
 
     magnitude  ‖weights of the unit‖², its rows and its columns
     wanda      Σ_{j∈u} ‖W_j‖² ‖X_j‖²                   Sun et al. 2023, arXiv 2306.11695, summed over the unit
@@ -47,7 +47,9 @@ class WidthPruning(Narrowing, BlockPass):
     score: Literal["obs", "wanda", "flap", "magnitude", "random"] = Field(
         default="obs", description="how units are ranked"
     )
-    update: bool | None = Field(default=None, description="refit what reads the units by least squares; default: with obs")
+    update: bool | None = Field(
+        default=None, description="refit what reads the units by least squares; default: with obs"
+    )
     damping: float = Field(default=0.01, gt=0, description="λ over the mean diagonal of H, for obs and update")
     seed: int = Field(default=0, ge=0, description="of score = random")
 
@@ -56,7 +58,9 @@ class WidthPruning(Narrowing, BlockPass):
         if not (self.heads or self.channels or self.hidden):
             raise SettingError("nothing is to be removed", "give channels, heads or hidden, such as channels = 0.25")
         if self.score == "obs" and self.update is False:
-            raise SettingError("obs is a score of the updated weights", 'leave update out, or score = "wanda"', ("update",))
+            raise SettingError(
+                "obs is a score of the updated weights", 'leave update out, or score = "wanda"', ("update",)
+            )
         return self
 
     @property
@@ -71,7 +75,7 @@ class WidthPruning(Narrowing, BlockPass):
         return Statistics.NORMS if self.score == "wanda" or self.hidden else Statistics.NONE
 
     def needed_of(self, linear: str, architecture: Architecture, config: Any) -> Statistics:
-        """What ranks units asks for the input of those that read them only; the hidden width for that of its readers."""
+        """What ranks units is asked of those that read them only; norms of those that read the hidden width."""
         if any(linear in width.columns for width in self._widths(architecture, config)):
             return self.needed()
         return Statistics.NORMS if self.hidden and linear in architecture.hidden.reads else Statistics.NONE

@@ -171,7 +171,7 @@ def slow_scores(block: BlockState, inputs: dict[str, Tensor], score: str, family
     W, X = block.linears[reader].weight.double(), inputs[reader].double()
     count = {"channels": W.shape[1], "heads": 4 if family == "opt" else 2}[width]
     size, scores = W.shape[1] // count, []
-    mean = torch.stack([x for x in X]).sum(0) / len(X)
+    mean = torch.stack(list(X)).sum(0) / len(X)
     for unit in range(count):
         total = 0.0
         for column in range(size * unit, size * unit + size):
@@ -321,9 +321,7 @@ def test_hidden_channels_are_scored_by_all_that_reads_them(score: str) -> None:
         ("opt", {"hidden": 0.5, "score": "flap"}, {"fc1": 1, "self_attn.out_proj": 2}),
     ],
 )
-def test_statistics_are_those_that_are_used(
-    family: str, settings: dict[str, Any], wanted: dict[str, int]
-) -> None:
+def test_statistics_are_those_that_are_used(family: str, settings: dict[str, Any], wanted: dict[str, int]) -> None:
     """No more (a Gram matrix costs memory), and no less: the pass runs with just these."""
     one, (block, inputs) = WidthPruning(multiple=8, **settings), block_of(family, 9000)
     taken = one.takes(block.architecture, block.config, [], set())
