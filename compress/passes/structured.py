@@ -87,8 +87,10 @@ def refuses(architecture: Architecture, config: Any, before: Sizes, after: Sizes
     return False
 
 
-def rounded(key: str, fraction: float, size: int, multiple: int) -> int:
+def rounded(key: str, fraction: float, size: int, multiple: int, unit: int = 1) -> int:
     """What is left of `size` units: the multiple nearest to ``size · (1 − fraction)``, the larger of two as near.
+
+    `unit`: what every multiple is a multiple of.
 
     Raises:
         SettingError: that would be nothing, or all.
@@ -105,11 +107,12 @@ def rounded(key: str, fraction: float, size: int, multiple: int) -> int:
         else f"{key} = {fraction:g} removes none of {size}{of}"
     )
     if not fits:
-        fix = f"choose a smaller multiple: none of {multiple} is below {size}" if multiple > 1 else f"leave {key} out"
+        smaller = f"choose a smaller multiple: none of {multiple} is below {size}"
+        fix = smaller if multiple > unit else f"leave {key} out"
     else:
         nearest = min(fits, key=lambda n: abs(n - wanted))
         fix = f"{key} = {1 - nearest / size:.6g} leaves {nearest}" + (
-            ", or choose a smaller multiple" if multiple > 1 else ""
+            ", or choose a smaller multiple" if multiple > unit else ""
         )
     raise SettingError(problem, fix, (key,))
 

@@ -1,7 +1,7 @@
 """Structured pruning in one shot: attention heads, MLP channels and the hidden width, by what their absence would cost.
 
-A unit of a width is read by one linear W (out, in) through columns u: removing it takes ``W_u x_u`` from the output. With the
-second moment H = X Xᵀ of that input, `score` is how units are ranked, the least first to go:
+A unit of a width is read by one linear W (out, in) through columns u: removing it takes ``W_u x_u`` from the output.
+With the second moment H = X Xᵀ of that input, `score` is how units are ranked, the least first to go:
 
     magnitude  ‖weights of the unit‖², its rows and its columns
     wanda      Σ_{j∈u} ‖W_j‖² ‖X_j‖²                   Sun et al. 2023, arXiv 2306.11695, summed over the unit
@@ -88,7 +88,7 @@ class WidthPruning(Narrowing, BlockPass):
             return after
         size = coupled_heads(architecture, config)
         multiple = self.multiple if size is None else math.lcm(self.multiple, size)
-        after = replace(after, hidden=rounded("hidden", self.hidden, sizes.hidden, multiple))
+        after = replace(after, hidden=rounded("hidden", self.hidden, sizes.hidden, multiple, size or 1))
         after = after if size is None else replace(after, heads=after.hidden // size)
         self.check_heads(sizes, after, architecture, config)
         return after
