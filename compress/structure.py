@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.checkpoint import INDEX, Slot, index_text, read_json
+from compress.checkpoint import INDEX, Slot, index_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -236,8 +236,7 @@ def smaller_config(skeleton: Skeleton, after: Sizes, blocks: list[int]) -> dict[
     """config.json of the smaller model; `blocks`: the old ones that stay."""
     architecture, config = skeleton.architecture, skeleton.config
     before = Sizes.of(architecture, config)
-    raw = read_json(skeleton.checkpoint.directory / "config.json")
-    raw |= config_values(architecture, config, before, after)
+    raw = skeleton.config_json | config_values(architecture, config, before, after)
     for name in PER_LAYER if after.blocks != before.blocks else ():
         values = getattr(config, name, None)
         if isinstance(values, (list, tuple)) and len(values) == before.blocks:
