@@ -36,6 +36,7 @@ NARROWER = '[[pass]]\nuse = "width"\nheads = 0.5\nhidden = 0.25\nmultiple = 8\n'
 SPARSE = '[[pass]]\nuse = "sparsegpt"\npattern = "2:4"\n'
 GPTQ = '[[pass]]\nuse = "gptq"\ngroup_size = 8\nscale_dtype = "float16"\n'
 EORA = '[[pass]]\nuse = "eora"\nrank = 2\n'
+PERP = '[[pass]]\nuse = "perp"\nsteps = 4\n'
 REST = SPARSE + GPTQ + EORA
 
 
@@ -121,11 +122,7 @@ def test_distillation_looks_up_to_the_model_of_the_plan(
         return model
 
     monkeypatch.setattr(WholeModel, "dense", dense)
-    write(
-        folder,
-        passes
-        + '[[pass]]\nuse = "perp"\ntrain = ["weights"]\nsteps = 8\nholdout = 0.0\nlearning_rate = 1e-4\ndistill = 1.0\n',
-    )
+    write(folder, passes + PERP + 'train = ["weights"]\nholdout = 0.0\nlearning_rate = 1e-4\ndistill = 1.0\n')
     run(folder)
     (teacher,) = teachers
     for name, tensor in load_file(folder / "model" / "model.safetensors").items():
@@ -140,7 +137,7 @@ def test_distillation_looks_up_to_the_model_of_the_plan(
 
 
 def test_training_before_the_width_goes_into_it(folder: Path) -> None:
-    train = '[[pass]]\nuse = "perp"\ntrain = ["norms"]\nsteps = 3\nlearning_rate = 1e-2\n'
+    train = PERP + 'train = ["norms"]\nholdout = 0.0\nlearning_rate = 1e-2\n'
     write(folder, train + WIDTH)
     run(folder)
     write(folder, train, output="trained")
@@ -207,7 +204,6 @@ def test_width_comes_before_masks_grids_and_branches(broken: str, match: str, fo
 
 USUAL = "channels = 0.5\nmultiple = 8\n"
 NARROW = "hidden = 0.25\nmultiple = 8\n"
-PERP = '[[pass]]\nuse = "perp"\nsteps = 2\n'
 TIES = "ties the number of heads to the hidden size"
 # What is wrong, where and how the message says so, and settings that follow its advice.
 BAD = {
@@ -245,7 +241,7 @@ BAD = {
     "groups of the smaller model": (  # 16 divides 48, but not the 24 that are left
         "llama",
         USUAL + GPTQ.replace("group_size = 8", "group_size = 16"),
-        ":16: pass[1].group_size: model.layers.0.mlp.down_proj: group_size 16 does not divide the input width 24",
+        ":14: pass[1]: model.layers.0.mlp.down_proj: group_size 16 does not divide the input width 24",
         USUAL + GPTQ,
     ),
     "states": (
