@@ -122,9 +122,10 @@ class Cutter:
         hidden, size = self.kept.hidden, self.architecture.hidden.size
         if hidden is not None and self.architecture.hidden.scaled_embedding:
             root = (getattr(self.config, size) / len(hidden)) ** 0.5
-            if name == self.skeleton.embedding:
+            tied = self.skeleton.tied  # the head then has the embedding's values, and the norm before it the inverse
+            if name == self.skeleton.embedding or (tied and name == self.skeleton.head):
                 gain, offset = root, 0.0
-            elif name == self._final_norm and self.skeleton.stored[self.skeleton.head] == self._tied:
+            elif tied and name == self._final_norm:
                 gain /= root
         if gain == 1.0:
             return tensor
@@ -133,10 +134,6 @@ class Cutter:
     @property
     def _offset(self) -> float:
         return next((one.offset for one in self.architecture.scales if one.norm), 0.0)
-
-    @property
-    def _tied(self) -> str:
-        return self.skeleton.stored[self.skeleton.embedding]
 
     @property
     def _final_norm(self) -> str:

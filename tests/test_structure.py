@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -189,6 +190,24 @@ def test_norms_give_what_they_gave(family: str, tied: bool, tmp_path: Path) -> N
     torch.testing.assert_close(scale, torch.full_like(scale, embedding_scale), rtol=1e-6, atol=0)
     final = gain_of("model.norm") * (embedding_scale if tied else 1.0)
     assert final == pytest.approx(gain_of(names[-1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_head_stored_beside_the_embedding_stays_equal_to_it(family: str, tmp_path: Path) -> None:
+    """Some files hold a tied tensor twice: readers that tie, and those that do not, get the same model."""
+    tiny_directory(tmp_path / "model", family, blocks=2)
+    passes = '[[pass]]\nuse = "width"\nhidden = 0.25\nmultiple = 8\n'
+    carried_out(tmp_path, passes)
+    (tmp_path / "out").rename(tmp_path / "once")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    carried_out(tmp_path, passes)
+    once, twice = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "out"))
+    assert torch.equal(twice.pop("lm_head.weight"), twice["model.embed_tokens.weight"])
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
 @pytest.mark.parametrize(

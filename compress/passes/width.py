@@ -133,6 +133,8 @@ class WidthPruning(Narrowing, BlockPass):
                 self._compensate(block, name, (W - state.weight) @ (moments.sums / max(1, moments.tokens)))
             block.found |= {f"{width.name}:kept": kept}
             notes[name] = {"detail": f"{keep} of {len(units)} {width.name}"}
+            if self.score == "flap" and f"{name}.bias" not in block.parameters:
+                notes[name]["detail"] += ", no bias to take their mean"
         return notes
 
     def _choose(

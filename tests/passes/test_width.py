@@ -237,7 +237,8 @@ def test_only_flap_touches_biases(score: str) -> None:
 
 def test_flap_has_no_bias_to_give_where_there_is_none() -> None:
     block, _ = block_of("llama", 4000)
-    WidthPruning(score="flap", channels=0.5, multiple=8).apply(block)
+    notes = WidthPruning(score="flap", channels=0.5, multiple=8).apply(block)
+    assert notes == {"mlp.down_proj": {"detail": "24 of 48 channels, no bias to take their mean"}}
     assert not any(name.endswith("bias") for name in block.parameters)
 
 
