@@ -58,7 +58,8 @@ class Narrowing(Structured):
                 problem = (
                     f"{config.model_type} ties the number of heads to the hidden size: no loader takes fewer alone"
                 )
-                raise SettingError(problem, "give hidden instead, which takes heads along", ("heads",))
+                fix = "give hidden instead" if "hidden" in type(self).model_fields else 'use = "width" with hidden'
+                raise SettingError(problem, f"{fix}, which takes heads along", ("heads",))
             after = replace(after, heads=rounded("heads", self.heads, sizes.heads, 1))
         return after
 
