@@ -6,6 +6,7 @@ on the choice made here, only its speed: activations in memory or on disk, forwa
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -157,6 +158,7 @@ def _training(lock: Lock, parameters: int) -> int:
             beside = sum(n.out_features for n in lock.in_block(0) if n.rank or merged)  # what branches add to
             inside = 12 * width + 4 * inner + beside + merged * (inner + width)
             models = 2 if getattr(one, "distill", 0) or getattr(one, "hidden", 0) else 1
+            teacher = (models - 1) * (_parameters(lock.root) if lock.before else parameters)
             states = 4 * 3 * sum(linear.weights for linear in lock.linears)  # dense, current, and what is learned
             if "weights" in getattr(one, "trained", ()):  # gradient, both moments of AdamW, and the best values
                 states += 4 * 4 * parameters
@@ -164,8 +166,13 @@ def _training(lock: Lock, parameters: int) -> int:
             kept = lock.blocks * width + inside if again else lock.blocks * inside
             logits = 5 if models == 1 else 12  # of the loss and its gradient; with distillation log p and log q, too
             left = 4 * tokens * (kept + logits * vocabulary)
-            most = max(most, 4 * models * parameters + states + left)
+            most = max(most, 4 * (parameters + teacher) + states + left)
     return most
+
+
+def _parameters(lock: Lock) -> int:
+    tensors = lock.checkpoint.tensors
+    return sum(math.prod(tensors[stored].shape) for stored in set(lock.skeleton.stored.values()))
 
 
 def _evaluation_tokens(lock: Lock) -> int:

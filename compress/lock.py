@@ -26,7 +26,7 @@ from compress.passes.structured import Structured
 from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
 from compress.state import kept_low_rank
 from compress.stream import Skeleton
-from compress.structure import Sizes, Sketch, slots_after
+from compress.structure import Sizes, sketch, slots_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -112,9 +112,9 @@ class Lock:
     shards: tuple[Shard, ...]
     form: Format
     stage: tuple[int, ...]
-    left: Sizes | None = None
-    before: Lock | None = None
-    sketch: Sketch | None = None  # the directory, where the stage before has not run
+    left: Sizes | None
+    before: Lock | None
+    config_digest: str  # of the model's config.json, which is gone where the stage before has not run
 
     @property
     def stages(self) -> tuple[Lock, ...]:
@@ -195,14 +195,14 @@ class Lock:
 
     def begins_with(self, sweep: int) -> int:
         """The sweep whose result a sweep begins with: the one before; all that make a named set of scales share one."""
-        sets = set_passes(self.plan)
+        sets = set_passes(self.plan) if self.ends else {}
         first = self.sweep_of(min(sets)) if sets else len(self.sweeps)
         return min(sweep, first) - 1
 
     @property
     def scale_sets(self) -> dict[str, Shard]:
         """The file of each named set of scales."""
-        return scale_shards(self.plan, self.linears)
+        return scale_shards(self.plan, self.linears) if self.ends else {}
 
     @property
     def architecture(self) -> Architecture:
@@ -211,8 +211,13 @@ class Lock:
 
     def statistics(self, linear: Linear, sweep: int) -> Statistics:
         """The statistics that a sweep needs of a linear's input."""
-        local = [p for _, p in self.passes(linear, sweep) if isinstance(p, (LinearPass, BlockPass)) and not p.barrier()]
-        return max((p.needed() for p in local), default=Statistics.NONE)
+        name = linear.name.removeprefix(self.skeleton.prefix(linear.block))
+        needed = [
+            p.needed_of(name, self.architecture, self.config) if isinstance(p, BlockPass) else p.needed()
+            for _, p in self.passes(linear, sweep)
+            if isinstance(p, (LinearPass, BlockPass)) and not p.barrier()
+        ]
+        return max(needed, default=Statistics.NONE)
 
     @property
     def output_bytes(self) -> int:
@@ -261,7 +266,7 @@ class Lock:
             "plan": self.canonical(),
             "model": {
                 "architecture": self.config.model_type,
-                "config": config_digest(self.directory),
+                "config": self.config_digest,
                 "headers": self.checkpoint.digest(),
                 "bytes": sum(self.checkpoint.sizes.values()),
             },
@@ -318,13 +323,12 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
     Raises:
         PlanError, ModelError: as `compile_plan`.
     """
-    sketch = None
     if before is None:
         directory = find_model(plan.model, plan.folder, plan.source.where(("model", "path")))
     elif directory is None:
         assert before.left is not None
-        sketch = Sketch(before.skeleton, before.left, before.shards)
-        directory = sketch.directory
+        with sketch(before.skeleton, before.left, before.shards) as drawn:
+            return compile_stage(plan, stage, before, drawn)
     config = load_config(directory, trust_remote_code=plan.model.trust_remote_code)
     architecture = architecture_for(config.model_type)
     checkpoint = Checkpoint(directory)
@@ -332,7 +336,7 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
     bare = list(_block_linears(skeleton))
     check_patterns(plan, stage, [linear.name for linear in bare], architecture.head)
     linears = _with_block_passes(plan, stage, skeleton, [_with_passes(linear, plan, stage) for linear in bare])
-    check_order(plan, linears)
+    check_order(plan, stage, linears)
     left = _left(plan, stage, architecture, config)
     form = known_formats()["huggingface" if left else plan.exports[0].format]
     if left and stage[-1] == len(plan.passes) - 1 and plan.exports[0].format != form.name:
@@ -353,19 +357,15 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
         stage,
         left,
         before,
-        sketch,
+        config_digest(directory),
     )
     check_calibration(lock)
     check_passes(lock)
     copied_files(directory, code=plan.model.trust_remote_code)
     if left and lock.ends:
-        sketched = Sketch(skeleton, left, shards)  # that transformers builds what config.json will say
-        _skeleton(
-            plan,
-            Checkpoint(sketched.directory),
-            load_config(sketched.directory, trust_remote_code=plan.model.trust_remote_code),
-            architecture,
-        )
+        with sketch(skeleton, left, shards) as drawn:  # that transformers builds what config.json will say
+            smaller = load_config(drawn, trust_remote_code=plan.model.trust_remote_code)
+            _skeleton(plan, Checkpoint(drawn), smaller, architecture)
     return lock
 
 

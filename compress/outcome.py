@@ -46,12 +46,16 @@ if TYPE_CHECKING:
     from compress.pipeline import Execution
 
 
+def plan_digest(lock: Lock) -> str:
+    """SHA-256 of the settings that make the result of a stage."""
+    return hashlib.sha256(json.dumps(lock.canonical(), sort_keys=True).encode()).hexdigest()
+
+
 def identity(lock: Lock, world: World) -> dict[str, str]:
     """What a journal must agree on to be resumed, by the name a refusal gives it. Reads every weight once."""
-    plan = json.dumps(lock.canonical(), sort_keys=True)
     model = config_digest(lock.directory) + lock.checkpoint.digest() + lock.skeleton.digest()
     return {
-        "plan": hashlib.sha256(plan.encode()).hexdigest(),
+        "plan": plan_digest(lock),
         "model": hashlib.sha256(model.encode()).hexdigest(),
         "data": source_digest(lock),
         "version": f"compress {__version__}, torch {torch.__version__}, transformers {version('transformers')}",
@@ -125,7 +129,8 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors | Cut
     source, nonzero, sparsity = _counts(lock, tensors)
     parameters = source
     if isinstance(tensors, CutTensors):
-        nonzero = parameters = sum(math.prod(slot.shape) for shard in lock.shards for slot in shard.slots)
+        slots = [slot for shard in lock.shards for slot in shard.slots if tensors.knows(slot.name)]
+        nonzero = parameters = sum(math.prod(slot.shape) for slot in slots)
     added = sum(linear.rank * (linear.out_features + linear.in_features) for linear in lock.linears)
     evaluation = _evaluate(run)
     run.progress.end_phase()
@@ -167,7 +172,7 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors | Cut
         phases=phases,
         peak_memory_bytes=max(peak_memory(run.mode.device), before.peak_memory_bytes if before else 0),
         estimated_memory_bytes=max(run.mode.peak, before.estimated_memory_bytes if before else 0),
-        resumed=run.resumed,
+        resumed=run.resumed + (before.resumed if before else 0),
         warnings=lock.warnings,
         plan_toml=plan.source.text,
         verified=verified,

@@ -27,7 +27,15 @@ from compress.export.verify import verify
 from compress.journal import Workspace, file_checksum, work_directory
 from compress.lock import Lock, compile_plan, compile_stage
 from compress.memory import reset_peak_memory, tame_allocator
-from compress.outcome import assemble, emitted_lock, finished_report, finished_stage, identity, publish_report
+from compress.outcome import (
+    assemble,
+    emitted_lock,
+    finished_report,
+    finished_stage,
+    identity,
+    plan_digest,
+    publish_report,
+)
 from compress.passes.eora import EoRA, spend
 from compress.progress import Progress
 from compress.report import Report, VerifiedInfo, load_report
@@ -90,53 +98,11 @@ def _lead(lock: Lock, world: World, progress: Progress, restart: bool, overwrite
         progress.say(f"{output} already holds the result of this plan; compress eval measures it anew")
         return finished
     check_disk(lock)
-    if restart and lock.before:
-        workspace = Workspace(output)
-        workspace.forget()
-        workspace.close()
-        restart = False
-    report: Report | None = None
-    at: Lock | None = None
-    for number, planned in enumerate(lock.stages):
-        stage = compile_stage(lock.plan, planned.stage, at, _made(output, number - 1)) if at else planned
-        known = identity(stage, world) if at else origin
-        if lock.before:
-            names = ", ".join(lock.plan.passes[index].use() for index in stage.stage)
-            progress.say(f"stage {number + 1} of {len(lock.stages)}: {names}")
-        if stage.ends:
-            return _lead_stage(stage, world, progress, known, origin, output, restart, report)
-        place = _made(output, number)
-        finished = finished_stage(stage, origin, place)
-        report = finished or _lead_stage(stage, world, progress, known, origin, place, restart, report)
-        world.announce(None)
-        at = stage
-    raise AssertionError("the last stage ends the plan")
-
-
-def _made(output: Path, number: int) -> Path:
-    """Where a stage that is not the last leaves its model, until the output is there."""
-    return work_directory(output) / f"stage-{number}"
-
-
-def _mode(lock: Lock, world: World) -> Mode:
-    return replace(choose_mode(lock), device=world.device)
-
-
-def _lead_stage(
-    lock: Lock,
-    world: World,
-    progress: Progress,
-    known: dict[str, str],
-    origin: dict[str, str],
-    output: Path,
-    restart: bool,
-    before: Report | None,
-) -> Report:
-    """One stage; `origin` is the identity of the first one, `before` the report of the one before."""
     workspace = Workspace(output)
     try:
-        run = Execution(lock, _mode(lock, world), workspace, progress, known, restart, world, origin, before)
-        return run.carry_out()
+        if restart:
+            workspace.forget()
+        return _lead_stages(lock, world, progress, origin, workspace)
     except OutputError:
         raise  # the journal found there is another run's
     except PlanError:
@@ -152,6 +118,68 @@ def _lead_stage(
         workspace.close()
 
 
+def _lead_stages(lock: Lock, world: World, progress: Progress, origin: dict[str, str], workspace: Workspace) -> Report:
+    """All stages; what one leaves is the model of the next, and lies in the work directory until the output is there.
+
+    Args:
+        lock: the last stage; of those before it, what is known without their result.
+        world: the processes.
+        progress: where to show it.
+        origin: the identity of the first stage.
+        workspace: of the output, held from the first stage to the last.
+    """
+    if not lock.before:
+        return Execution(lock, _mode(lock, world), workspace, progress, origin, world, origin).carry_out()
+    workspace.identify(origin | {"plan": plan_digest(lock)}, lock.canonical())
+    report: Report | None = None
+    at: Lock | None = None
+    for number, planned in enumerate(lock.stages):
+        stage = compile_stage(lock.plan, planned.stage, at, _made(workspace.output, number - 1)) if at else planned
+        known = identity(stage, world) if at else origin
+        if at:
+            _vouch(workspace, number - 1, known["model"])
+        names = ", ".join(lock.plan.passes[index].use() for index in stage.stage)
+        progress.say(f"stage {number + 1} of {len(lock.stages)}: {names}")
+        if stage.ends:
+            break
+        place = _made(workspace.output, number)
+        finished = finished_stage(stage, origin, place)
+        if finished is None:
+            own = Workspace(place)
+            try:
+                run = Execution(stage, _mode(stage, world), own, progress, known, world, origin, report)
+                finished = run.carry_out()
+            except PlanError:
+                own.discard_without_blocks()
+                raise
+            finally:
+                own.close()
+        report, at = finished, stage
+        world.announce(None)
+    return Execution(stage, _mode(stage, world), workspace, progress, known, world, origin, report).carry_out()
+
+
+def _vouch(workspace: Workspace, number: int, model: str) -> None:
+    """Note what a stage has left; where it was noted before, it must be that."""
+    (entry, *_) = (*workspace.entries("made", stage=number), {"kind": "made", "stage": number, "model": model})
+    if entry["model"] != model:
+        place = _made(workspace.output, number)
+        shutil.rmtree(place)
+        fix = "run the same command: that stage starts over"
+        raise RunError(f"the model that stage {number + 1} left is damaged", where=str(place), fix=fix)
+    if not workspace.entries("made", stage=number):
+        workspace.append(entry)
+
+
+def _made(output: Path, number: int) -> Path:
+    """Where a stage that is not the last leaves its model, until the output is there."""
+    return work_directory(output) / f"stage-{number}"
+
+
+def _mode(lock: Lock, world: World) -> Mode:
+    return replace(choose_mode(lock), device=world.device)
+
+
 def _follow(lock: Lock, world: World) -> Report:
     """The run of another process: it takes part where the first one calls it."""
     output = lock.plan.resolve(lock.plan.run.output)
@@ -161,7 +189,7 @@ def _follow(lock: Lock, world: World) -> Report:
         stage = compile_stage(lock.plan, planned.stage, at, place) if at else planned
         place = output if stage.ends else _made(output, number)
         work, mode = Workspace(place, following=True), _mode(stage, world)
-        run = Execution(stage, mode, work, Progress(), {}, False, world, {})
+        run = Execution(stage, mode, work, Progress(), {}, world, {})
         stage.skeleton.to(mode.device, mode.dtype)
         while (sweep := world.hear()) is not None:
             work.reread()
@@ -184,7 +212,6 @@ class Execution:
     work: Workspace
     progress: Progress
     identity: dict[str, str]
-    restart: bool
     world: World
     origin: dict[str, str]  # the identity of the first stage
     before: Report | None = None  # of the stage before
@@ -247,9 +274,8 @@ class Execution:
     def _begin(self) -> None:
         """Start or resume the journal; a file it vouches for that is damaged drops its sweep."""
         plan = self.lock.plan
-        if self.restart:
-            self.work.forget()
-        if self.work.identify(self.identity, plan.canonical()):
+        kind = "stage" if self.lock.before and self.lock.ends else "begin"
+        if self.work.identify(self.identity, self.lock.canonical(), kind):
             self.resumed = len(self.work.entries("resume")) + 1
             for sweep in range(len(self.lock.sweeps)):
                 entries = self.work.entries("block", sweep=sweep) + self.work.entries("outside", sweep=sweep)

@@ -17,6 +17,7 @@ from compress.checkpoint import DTYPES
 from compress.errors import PlanError, nearest
 from compress.export.formats import Format, known_formats
 from compress.passes.base import BlockPass, Invariant, LinearPass, SettingError, matches
+from compress.passes.structured import Structured
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,16 +42,21 @@ RULES: dict[int, tuple[str, str]] = {
 }
 
 
-def check_order(plan: Plan, linears: Iterable[Linear]) -> None:
-    """Refuse passes that break what an earlier one established, or lack what they require, on any one linear."""
+def check_order(plan: Plan, stage: tuple[int, ...], linears: Iterable[Linear]) -> None:
+    """Refuse passes that break what an earlier one established, or lack what they require, on any one linear.
+
+    Structured pruning at the end of a `stage` changes every linear, also those that it does not read.
+    """
     checked: set[tuple[int, ...]] = set()
+    last = plan.passes[stage[-1]]
+    everywhere = {stage[-1]: last} if isinstance(last, Structured) else {}
     for linear in linears:
         key = tuple(index for index, _ in linear.passes)
         if key in checked and not any(one.where for one in plan.passes):
             continue
         checked.add(key)
         established: dict[Invariant, int] = {}
-        for index, one in linear.passes:
+        for index, one in (dict(linear.passes) | everywhere).items():
             missing = one.requires - set(established)
             broken = set(established) & ((set(established) - one.preserves) | one.breaks())
             if missing or broken:
@@ -187,10 +193,10 @@ def check_passes(lock: Lock) -> None:
     for index in lock.stage:
         one = plan.passes[index]
         try:
+            one.check_lock(lock, index)
             if one.where and not isinstance(one, LinearPass):
                 problem = f"{one.use()} works on many linears together: it has one set of settings"
                 raise SettingError(problem, "leave where out; match and except choose the linears", ("where", 0))
-            one.check_lock(lock, index)
         except SettingError as error:
             raise plan.refusal(index, error) from None
 

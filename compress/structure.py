@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.checkpoint import INDEX, Slot, index_text, read_json
+from compress.checkpoint import INDEX, Slot, index_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -121,9 +122,10 @@ class Cutter:
         hidden, size = self.kept.hidden, self.architecture.hidden.size
         if hidden is not None and self.architecture.hidden.scaled_embedding:
             root = (getattr(self.config, size) / len(hidden)) ** 0.5
-            if name == self.skeleton.embedding:
+            tied = self.skeleton.tied  # the head then has the embedding's values, and the norm before it the inverse
+            if name == self.skeleton.embedding or (tied and name == self.skeleton.head):
                 gain, offset = root, 0.0
-            elif name == self._final_norm and self.skeleton.stored[self.skeleton.head] == self._tied:
+            elif tied and name == self._final_norm:
                 gain /= root
         if gain == 1.0:
             return tensor
@@ -132,10 +134,6 @@ class Cutter:
     @property
     def _offset(self) -> float:
         return next((one.offset for one in self.architecture.scales if one.norm), 0.0)
-
-    @property
-    def _tied(self) -> str:
-        return self.skeleton.stored[self.skeleton.embedding]
 
     @property
     def _final_norm(self) -> str:
@@ -161,6 +159,10 @@ class CutTensors:
         """config.json."""
         assert self.lock.left is not None
         return smaller_config(self.lock.skeleton, self.lock.left, self.left.blocks)
+
+    def knows(self, name: str) -> bool:
+        """Whether the model has a tensor of this name."""
+        return name in self._names
 
     def mask(self, linear: Linear) -> Tensor | None:
         """There is none: structured pruning comes before masks."""
@@ -231,8 +233,7 @@ def smaller_config(skeleton: Skeleton, after: Sizes, blocks: list[int]) -> dict[
     """config.json of the smaller model; `blocks`: the old ones that stay."""
     architecture, config = skeleton.architecture, skeleton.config
     before = Sizes.of(architecture, config)
-    raw = read_json(skeleton.checkpoint.directory / "config.json")
-    raw |= config_values(architecture, config, before, after)
+    raw = skeleton.config_json | config_values(architecture, config, before, after)
     for name in PER_LAYER if after.blocks != before.blocks else ():
         values = getattr(config, name, None)
         if isinstance(values, (list, tuple)) and len(values) == before.blocks:
@@ -275,19 +276,18 @@ def _hidden_kept(lock: Lock, score: Tensor) -> Tensor:
     return score.argsort(descending=True, stable=True)[: lock.left.hidden].sort().values
 
 
-class Sketch:
+@contextmanager
+def sketch(skeleton: Skeleton, after: Sizes, shards: tuple[Shard, ...]) -> Iterator[Path]:
     """A directory that has config.json and headers of a model still to be made, and no weights: its files are holes."""
-
-    def __init__(self, skeleton: Skeleton, after: Sizes, shards: tuple[Shard, ...]) -> None:
-        """Write it; it goes when this object does."""
-        self._held = tempfile.TemporaryDirectory(prefix="compress-check-")
-        self.directory = Path(self._held.name)
+    with tempfile.TemporaryDirectory(prefix="compress-check-") as held:
+        directory = Path(held)
         config = smaller_config(skeleton, after, list(range(after.blocks)))
-        (self.directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
         index = index_text(list(shards))
         if index:
-            (self.directory / INDEX).write_text(index, encoding="utf-8")
+            (directory / INDEX).write_text(index, encoding="utf-8")
         for shard in shards:
-            with (self.directory / shard.file).open("wb") as file:
+            with (directory / shard.file).open("wb") as file:
                 file.write(shard.header())
                 file.truncate(shard.bytes)
+        yield directory

@@ -270,6 +270,10 @@ class BlockPass(Pass):
         """The statistics that this configured pass needs of each linear's input."""
         return self.statistics
 
+    def needed_of(self, linear: str, architecture: Architecture, config: Any) -> Statistics:
+        """The statistics that it needs of the input of one linear that it takes, by its name in the block."""
+        return self.needed()
+
     def takes(self, architecture: Architecture, config: Any, targets: list[str], quantized: set[str]) -> list[str]:
         """Which linears of a block it works on, by names in the block. Raises SettingError.
 

@@ -136,6 +136,11 @@ class PERP(Training, BlockPass, ModelPass):
         targets = [linear.name for linear in lock.linears if index in dict(linear.passes)]
         if self.trained == {"biases"} and not any(f"{name}.bias" in skeleton.stored for name in targets):
             raise _nothing(self.train)  # every model has all else
+        mine, whole = lock.sizes, lock.root.sizes
+        if self.hidden and (mine.hidden, mine.blocks) != (whole.hidden, whole.blocks):
+            problem = f"the dense model has {whole.blocks} blocks and a hidden width of {whole.hidden}"
+            problem += f", the smaller one {mine.blocks} and {mine.hidden}: their hidden states do not compare"
+            raise SettingError(problem, "leave hidden out; distill compares what both predict", ("hidden",))
 
     def _refuse_parting(self) -> None:
         if "head" in self.trained and "embeddings" not in self.trained:

@@ -42,7 +42,9 @@ class Structured(Pass):
 class Narrowing(Structured):
     """Fields of passes that remove heads and channels."""
 
-    heads: float = Field(default=0.0, ge=0, lt=1, description="fraction of attention heads to remove, in whole KV groups")
+    heads: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction of attention heads to remove, in whole KV groups"
+    )
     channels: float = Field(default=0.0, ge=0, lt=1, description="fraction of MLP channels to remove")
     multiple: int = Field(default=64, ge=1, description="channels that are left are a multiple of this, the nearest")
 
@@ -53,8 +55,11 @@ class Narrowing(Structured):
             after = replace(after, channels=rounded("channels", self.channels, sizes.channels, self.multiple))
         if self.heads:
             if width_named(architecture, "heads").unit_size is None:
-                problem = f"{config.model_type} ties the number of heads to the hidden size: no loader takes fewer alone"
-                raise SettingError(problem, "give hidden instead, which takes heads along", ("heads",))
+                problem = (
+                    f"{config.model_type} ties the number of heads to the hidden size: no loader takes fewer alone"
+                )
+                fix = "give hidden instead" if "hidden" in type(self).model_fields else 'use = "width" with hidden'
+                raise SettingError(problem, f"{fix}, which takes heads along", ("heads",))
             after = replace(after, heads=rounded("heads", self.heads, sizes.heads, 1))
         return after
 
@@ -83,8 +88,10 @@ def refuses(architecture: Architecture, config: Any, before: Sizes, after: Sizes
     return False
 
 
-def rounded(key: str, fraction: float, size: int, multiple: int) -> int:
+def rounded(key: str, fraction: float, size: int, multiple: int, unit: int = 1) -> int:
     """What is left of `size` units: the multiple nearest to ``size · (1 − fraction)``, the larger of two as near.
+
+    `unit`: what every multiple is a multiple of.
 
     Raises:
         SettingError: that would be nothing, or all.
@@ -93,14 +100,21 @@ def rounded(key: str, fraction: float, size: int, multiple: int) -> int:
     left = multiple * math.floor(wanted / multiple + 0.5)
     if 0 < left < size:
         return left
-    fits = [n for n in range(multiple, size, multiple)]
+    fits = range(multiple, size, multiple)
     of = f" in multiples of {multiple}" if multiple > 1 else ""
-    problem = f"{key} = {fraction:g} of {size} leaves {left}{of}" if left <= 0 else f"{key} = {fraction:g} removes none of {size}{of}"
+    problem = (
+        f"{key} = {fraction:g} of {size} leaves {left}{of}"
+        if left <= 0
+        else f"{key} = {fraction:g} removes none of {size}{of}"
+    )
     if not fits:
-        fix = f"choose a smaller multiple: none of {multiple} is below {size}" if multiple > 1 else f"leave {key} out"
+        smaller = f"choose a smaller multiple: none of {multiple} is below {size}"
+        fix = smaller if multiple > unit else f"leave {key} out"
     else:
         nearest = min(fits, key=lambda n: abs(n - wanted))
-        fix = f"{key} = {1 - nearest / size:.4g} leaves {nearest}" + (", or choose a smaller multiple" if multiple > 1 else "")
+        fix = f"{key} = {1 - nearest / size:.6g} leaves {nearest}" + (
+            ", or choose a smaller multiple" if multiple > unit else ""
+        )
     raise SettingError(problem, fix, (key,))
 
 

@@ -1,7 +1,7 @@
 """Structured pruning in one shot: attention heads, MLP channels and the hidden width, by what their absence would cost.
 
-A unit of a width is read by one linear W (out, in) through columns u: removing it takes ``W_u x_u`` from the output. With
-the second moment H = X Xᵀ of that input, `score` is how units are ranked, the least first to go:
+A unit of a width is read by one linear W (out, in) through columns u: removing it takes ``W_u x_u`` from the output.
+With the second moment H = X Xᵀ of that input, `score` is how units are ranked, the least first to go:
 
     magnitude  ‖weights of the unit‖², its rows and its columns
     wanda      Σ_{j∈u} ‖W_j‖² ‖X_j‖²                   Sun et al. 2023, arXiv 2306.11695, summed over the unit
@@ -47,7 +47,9 @@ class WidthPruning(Narrowing, BlockPass):
     score: Literal["obs", "wanda", "flap", "magnitude", "random"] = Field(
         default="obs", description="how units are ranked"
     )
-    update: bool | None = Field(default=None, description="refit what reads the units by least squares; default: with obs")
+    update: bool | None = Field(
+        default=None, description="refit what reads the units by least squares; default: with obs"
+    )
     damping: float = Field(default=0.01, gt=0, description="λ over the mean diagonal of H, for obs and update")
     seed: int = Field(default=0, ge=0, description="of score = random")
 
@@ -56,7 +58,9 @@ class WidthPruning(Narrowing, BlockPass):
         if not (self.heads or self.channels or self.hidden):
             raise SettingError("nothing is to be removed", "give channels, heads or hidden, such as channels = 0.25")
         if self.score == "obs" and self.update is False:
-            raise SettingError("obs is a score of the updated weights", 'leave update out, or score = "wanda"', ("update",))
+            raise SettingError(
+                "obs is a score of the updated weights", 'leave update out, or score = "wanda"', ("update",)
+            )
         return self
 
     @property
@@ -66,9 +70,15 @@ class WidthPruning(Narrowing, BlockPass):
 
     def needed(self) -> Statistics:
         """The Gram matrix for obs, flap and the update; norms are enough for wanda and the hidden width."""
-        if (self.heads or self.channels) and (self.updates or self.score in ("obs", "flap")):
+        if self.updates or self.score == "flap":
             return Statistics.GRAM
         return Statistics.NORMS if self.score == "wanda" or self.hidden else Statistics.NONE
+
+    def needed_of(self, linear: str, architecture: Architecture, config: Any) -> Statistics:
+        """What ranks units is asked of those that read them only; norms of those that read the hidden width."""
+        if any(linear in width.columns for width in self._widths(architecture, config)):
+            return self.needed()
+        return Statistics.NORMS if self.hidden and linear in architecture.hidden.reads else Statistics.NONE
 
     def left(self, sizes: Sizes, architecture: Architecture, config: Any) -> Sizes:
         """The hidden width too; with it heads, where it is heads times their size."""
@@ -78,7 +88,7 @@ class WidthPruning(Narrowing, BlockPass):
             return after
         size = coupled_heads(architecture, config)
         multiple = self.multiple if size is None else math.lcm(self.multiple, size)
-        after = replace(after, hidden=rounded("hidden", self.hidden, sizes.hidden, multiple))
+        after = replace(after, hidden=rounded("hidden", self.hidden, sizes.hidden, multiple, size or 1))
         after = after if size is None else replace(after, heads=after.hidden // size)
         self.check_heads(sizes, after, architecture, config)
         return after
@@ -115,14 +125,16 @@ class WidthPruning(Narrowing, BlockPass):
             columns = units[kept].flatten()
             gone = torch.ones(state.in_features, dtype=torch.bool)
             gone[columns] = False
-            if self.score == "flap":
-                self._compensate(block, name, W[:, gone] @ (moments.sums[gone] / max(1, moments.tokens)))
             if self.updates:
                 state.weight = refitted(W, moments, columns, self.damping)
             else:
                 state.weight = torch.where(gone.to(W.device), 0.0, W)
+            if self.score == "flap":
+                self._compensate(block, name, (W - state.weight) @ (moments.sums / max(1, moments.tokens)))
             block.found |= {f"{width.name}:kept": kept}
             notes[name] = {"detail": f"{keep} of {len(units)} {width.name}"}
+            if self.score == "flap" and f"{name}.bias" not in block.parameters:
+                notes[name]["detail"] += ", no bias to take their mean"
         return notes
 
     def _choose(
@@ -148,7 +160,7 @@ class WidthPruning(Narrowing, BlockPass):
         return order[remove:].sort().values
 
     def _compensate(self, block: BlockState, name: str, missing: Tensor) -> None:
-        """Give the bias, where there is one, what the removed units gave on average."""
+        """Give the bias, where there is one, what the output now lacks on average."""
         bias = block.parameters.get(f"{name}.bias")
         if bias is not None:
             block.parameters[f"{name}.bias"] = bias + missing.to(bias.device)
