@@ -125,11 +125,6 @@ class PERP(Training, BlockPass, ModelPass):
     def check_lock(self, lock: Lock, index: int) -> None:
         """Some samples and some parameters must be there to train."""
         super().check_lock(lock, index)
-        whole, here = lock.root.sizes, lock.sizes
-        if self.hidden and (whole.hidden, whole.blocks) != (here.hidden, here.blocks):
-            problem = f"hidden states of {here.blocks} blocks × {here.hidden} do not compare with those of the plan's model"
-            problem += f", {whole.blocks} × {whole.hidden}"
-            raise SettingError(problem, "leave hidden out; distill compares logits", ("hidden",))
         skeleton = lock.skeleton
         if skeleton.tied and skeleton.stored[skeleton.head] == skeleton.stored[skeleton.embedding]:
             self._refuse_parting()
