@@ -4,7 +4,7 @@
     python benchmarks/structured.py speed [--threads 1] [--json benchmarks/results/structured-speed.json]
 
 quality: calibration, training and scoring as in repair.py. Each score in one shot, then with the same training (LoRA of
-rank 8, merged, on all linears) behind it; LoRAPrune prunes while it trains and has no step more.
+rank 16, merged, on all linears) behind it; LoRAPrune prunes while it trains and has no step more.
 
 speed: a Llama with random bfloat16 weights, cut by 25 % and 50 % of the parameters of its blocks. Greedy generation of
 one sequence through `AutoModelForCausalLM`, dense and cut in turn, each in a process of its own; the best round counts.
@@ -52,7 +52,7 @@ score = "magnitude"
 
 def rows(model: str, steps: int) -> dict[str, tuple[Pass, ...]]:
     """The plans, by name."""
-    training: dict[str, Any] = {"rank": 8, "steps": steps, "learning_rate": 3e-3, "distill": 0.5, "patience": 99}
+    training: dict[str, Any] = {"rank": 16, "steps": steps, "learning_rate": 3e-3, "distill": 0.5, "patience": 99}
     recover = PERP(train=("low_rank",), variant="lora-prune", **training)
     found: dict[str, tuple[Pass, ...]] = {}
     for name, removed in REMOVED.items():
@@ -63,7 +63,7 @@ def rows(model: str, steps: int) -> dict[str, tuple[Pass, ...]]:
             found[f"{name} {score}"] = (one,)
         for score, one in shots.items():
             found[f"{name} {score}, trained"] = (one, recover)
-        found[f"{name} loraprune"] = (LoRAPrune(**removed, **training),)
+        found[f"{name} loraprune"] = (LoRAPrune(prune_every=5, **removed, **training),)
     return found
 
 

@@ -47,7 +47,7 @@ class LoRAPrune(Training, Narrowing, ModelPass):
     average: float = Field(default=0.9, ge=0, lt=1, description="λ of the moving average of importance")
     prune_every: int = Field(default=10, ge=1, description="steps between changes of the masks")
     start: float = Field(default=0.1, ge=0, lt=1, description="fraction of the steps before the first unit is masked")
-    end: float = Field(default=0.5, gt=0, le=1, description="fraction of the steps after which all of them are")
+    end: float = Field(default=0.3, gt=0, le=1, description="fraction of the steps after which all of them are")
     normalize: bool = Field(default=True, description="weigh the linears of a unit alike in its importance")
     distill: float = Field(default=0.0, ge=0, le=1, description="share of the loss that compares with the dense model")
     temperature: float = Field(default=1.0, gt=0, description="of that comparison")
