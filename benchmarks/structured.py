@@ -70,7 +70,8 @@ def rows(model: str, steps: int) -> dict[str, tuple[Pass, ...]]:
 def quality(arguments: argparse.Namespace) -> None:
     """Run the rows and print them."""
     known = rows(arguments.model, arguments.steps)
-    chosen = [name for name in known if not arguments.only or any(text in name for text in arguments.only)]
+    named = [[text] if text in known else [name for name in known if text in name] for text in arguments.only or [""]]
+    chosen = [name for name in known if any(name in some for some in named)]
     print("| model | removed, score | parameters | dense | perplexity | KL to dense | seconds |")
     print("|:--|:--|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory(prefix="compress-structured-") as folder:
@@ -179,7 +180,7 @@ def main() -> None:
     default_assets = os.environ.get("COMPRESS_ASSETS", HERE.parent.parent / "shared" / "assets")
     one.add_argument("--assets", type=Path, default=Path(default_assets))
     one.add_argument("--model", choices=sorted(SETUPS), default="reference")
-    one.add_argument("--only", action="append", default=[], help="rows whose names hold this; repeatable")
+    one.add_argument("--only", action="append", default=[], help="a row, or those whose names hold this; repeatable")
     one.add_argument("--steps", type=int, default=150)
     other = kinds.add_parser("speed")
     other.add_argument("--threads", type=int, default=1)
