@@ -25,8 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compress.kernels.fragments import Fragments, rows_for
-from compress.kernels.multiply import Tile, constants, cut, tile_for
+from compress.kernels.multiply import WIDE_TILES, Tile, WideTile, constants, cut, tile_for, wide_constants
 from compress.kernels.product import product_kernel, weight_kernel
+from compress.kernels.wide import wide_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,11 +39,11 @@ PROCESSORS = (40, 84, 108, 132)  # multiprocessors of GPUs, an L4's to an H100's
 
 
 class Configuration(NamedTuple):
-    """One specialization of `product_kernel`; with no tile, of `weight_kernel`."""
+    """One specialization of `product_kernel` or, by its tile, of `wide_kernel`; with no tile, of `weight_kernel`."""
 
     kind: str
     half: str
-    tile: Tile | None
+    tile: Tile | WideTile | None
     group: int = 128
     offsets: bool = False
     branch: bool = False
@@ -83,7 +84,7 @@ def all_tiles(kind: str) -> set[Tile]:
     }
 
 
-def configurations(*, everything: bool) -> Iterator[Configuration]:
+def configurations(arch: int, *, everything: bool) -> Iterator[Configuration]:
     """The tiles with float16 and groups of 128, and what else there is on one or, of everything, on all tiles."""
     for kind in KINDS:
         tiles = sorted((all_tiles if everything else usual_tiles)(kind))
@@ -95,14 +96,21 @@ def configurations(*, everything: bool) -> Iterator[Configuration]:
             for half, group in zip(HALVES, (32, 64) if codes else (128, 128), strict=True):
                 yield Configuration(kind, half, tile, group, offsets=codes, branch=True, even=tile.along == 1)
         yield Configuration(kind, "bf16", None, offsets=codes)
+    if arch == 90:
+        for wide, half in product(WIDE_TILES.values(), HALVES):
+            yield Configuration("int4", half, wide)
+            yield Configuration("int4", half, wide, 64, offsets=True)
 
 
 def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
     """Compile a configuration for sm_`arch`, and measure its machine code."""
     weight = fragments(one.kind, 4096, 4096, one.group, offsets=one.offsets)
     fixed: dict[str, int | bool] = dict(constants(HALVES[one.half], weight))
-    kernel, warps = weight_kernel, 1
-    if one.tile is not None:
+    kernel, warps, stages = weight_kernel, 1, 1
+    if isinstance(one.tile, WideTile):
+        kernel, warps, stages = wide_kernel, one.tile.warps, one.tile.stages
+        fixed = wide_constants(one.tile, HALVES[one.half], weight)
+    elif one.tile is not None:
         kernel, warps = product_kernel, one.tile.across * one.tile.along
         fixed |= cut(one.tile, weight, branch=one.branch) | {"EVEN": one.even}
     names = list(kernel.arg_names)
@@ -116,11 +124,14 @@ def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
             {(number,): [["tt.divisibility", 16]] for number, name in enumerate(names) if name in pointers},
         ),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": 1},
+        options={"num_warps": warps, "num_stages": stages},
     )
     registers, stack, loop = read_machine_code(made.asm["cubin"])
     found = {"arch": arch, **one._asdict(), "tile": one.tile and one.tile._asdict()}
     found |= {"registers": registers, "stack_bytes": stack, "shared_bytes": made.metadata.shared}
+    if isinstance(one.tile, WideTile):  # which asks no layout, but must not put W into shared memory
+        found["instructions_per_weight"] = loop / (64 * one.tile.outputs / (32 * warps))
+        return found | {"from_registers": bool(re.search(r"wgmma\.mma_async[^;]*\},\s*\{[^}]*\},", made.asm["ptx"]))}
     if one.tile is not None:
         found["instructions_per_weight"] = loop / (weight.step * 16 * one.tile.tiles / 32)  # of a lane, in a step
     return found | {"one_value_a_thread": layouts(made.asm["ttgir"]) == {f"[1] [32] [{warps}] [0]"}}
@@ -178,7 +189,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     arguments = parser.parse_args()
     for arch in arguments.arch:
-        for one in configurations(everything=arguments.all):
+        for one in configurations(arch, everything=arguments.all):
             print(json.dumps(compile_one(one, arch)), flush=True)
 
 

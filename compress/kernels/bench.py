@@ -52,8 +52,8 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case(512, 1024, rows=(1, 3, 5, 8, 9, 16, 17, 64, 100, 320, 400)),
-    Case(200, 448, group=64, symmetric=False, rank=24, rows=(1, 16, 40, 400)),
+    Case(512, 1024, rows=(1, 3, 5, 8, 9, 16, 17, 64, 100, 320, 700)),
+    Case(200, 448, group=64, symmetric=False, rank=24, rows=(1, 16, 40, 130, 700)),
     Case(96, 256, group=32),
     Case(72, 200, group=-1, symmetric=False, rank=16, rows=(1, 9, 33)),  # no whole steps
     Case(8, 64, group=32),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.kernels.fragments import Fragments, arrange_grid, arrange_up, arrange_values, refusal, rows_for
+from compress.kernels.fragments import Fragments, arrange_grid, arrange_up, arrange_values, refusal
 from compress.kernels.kernel import Kernel, ready
 from compress.kernels.pack import unpack_grid, unpack_positions
 
@@ -78,15 +78,13 @@ class Triton(Kernel):
 
     @classmethod
     def says(cls, layout: Layout, dtype: torch.dtype) -> str:
-        """What it does, and up to how many rows."""
+        """What it does."""
         name = str(dtype).removeprefix("torch.")
-        return (
-            f"{cls.does}, {name}, up to {rows_for(sparse=cls.sparse)} rows; above, decoded for each product and cuBLAS"
-        )
+        return f"{cls.does}, {name}; for many rows decoded in each product, and cuBLAS"
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, in) → (rows, out), in the dtype of x."""
-        rows = ready(x, self.dtype, 16)
+        rows = x.to(self.dtype).contiguous()
         up, down = self.low_rank_up, self.low_rank_down
         dx = None if down is None else nn.functional.linear(rows, down)
         held = [self._buffers[name] for name in PARTS]
@@ -144,10 +142,13 @@ def packed_matmul(
     """`compress.kernels.multiply.multiply` on the device of x."""
     from compress.kernels.multiply import multiply
 
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     weight = Fragments(words, positions, scale, offset, group, step)
+    processors, hopper = 1, False
+    if x.is_cuda:
+        found = torch.cuda.get_device_properties(x.device)
+        processors, hopper = found.multi_processor_count, found.major == 9
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # which need not be the current one
-        return multiply(x, weight, out_features, up, dx, processors=processors)
+        return multiply(ready(x, x.dtype, 16), weight, out_features, up, dx, processors=processors, hopper=hopper)
 
 
 @packed_matmul.register_fake

@@ -1,8 +1,9 @@
 """Cut a product with a packed weight into programs of `compress.kernels.product`, by what was measured on a GPU.
 
-Up to some hundred rows of x the kernel multiplies; above, the weight is decoded, which another kernel does as fast as
-memory takes it, and multiplied by cuBLAS. Which tile is taken, and from where on the weight is decoded, was measured
-on an H100 (docs/decisions/015-fragments.md): it changes how long a product takes and the order of its sums, no more.
+Few rows of x are multiplied by `product_kernel`, some hundred with codes of a dense weight on Hopper by `wide_kernel`;
+for more, the weight is decoded, which another kernel does as fast as memory takes it, and cuBLAS multiplies. Which it
+is, and in which tiles, was measured on an H100 (docs/decisions/015-fragments.md): it changes how long a product takes
+and the order of its sums, no more.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from compress.kernels.fragments import restore_up, rows_for
-from compress.kernels.product import arrange_kernel, product_kernel, weight_kernel
+from compress.kernels.product import arrange_kernel, order_kernel, product_kernel, weight_kernel
+from compress.kernels.wide import wide_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 # Offsets of a symmetric grid, zero = 8, of the rows g and g + 8 (`instructions.decode`): −1032 and −72, or −136 twice
 MIDDLE = {torch.float16: (-0x1BF71BF8, -0x2B7F2B80), torch.bfloat16: (-0x3CF73CF8, -0x3CF73CF8)}
+WIDE = (33, 640)  # rows of x that the warp-group product takes; fewer than 65 only of enough rows of W
 WARPS = 32  # of a multiprocessor, to share the columns among
 
 
@@ -45,6 +48,27 @@ class Tile(NamedTuple):
     arranged: bool
     scaled: bool
     ahead: bool
+
+
+class WideTile(NamedTuple):
+    """How the work of `wide_kernel` is cut: rows of x and of W in a program, warps, stages of the pipeline."""
+
+    rows: int
+    outputs: int
+    warps: int
+    stages: int
+
+
+WIDE_TILES = {33: WideTile(64, 64, 4, 4), 65: WideTile(128, 64, 4, 4)}
+
+
+def wide_for(rows: int, w: Fragments, processors: int) -> WideTile | None:
+    """The tile for the warp-group product of so many rows of x; None where another product is faster or knows more."""
+    least, most = WIDE
+    few = w.tiles < 3 * processors  # of W: the other kernel shares its columns among more warps
+    if w.positions is not None or w.group < 64 or not (65 if few else least) <= rows <= most:
+        return None
+    return WIDE_TILES[33 if rows <= (128 if few else 64) else 65]
 
 
 def tile_for(rows: int, w: Fragments, in_features: int, processors: int) -> Tile:
@@ -108,7 +132,14 @@ def _many(rows: int, busy: float, sparse: bool, codes: bool) -> Tile:
 
 
 def multiply(
-    x: Tensor, w: Fragments, out_features: int, up: Tensor | None = None, dx: Tensor | None = None, *, processors: int
+    x: Tensor,
+    w: Fragments,
+    out_features: int,
+    up: Tensor | None = None,
+    dx: Tensor | None = None,
+    *,
+    processors: int,
+    hopper: bool = False,
 ) -> Tensor:
     """The product x Wᵀ + dx upᵀ, (rows, out) in the dtype of x.
 
@@ -119,13 +150,18 @@ def multiply(
         up: of a branch, as `arrange_up` has it.
         dx: (rows, rank), x downᵀ.
         processors: multiprocessors of the GPU.
+        hopper: whether it has the warp-group product.
     """
     rows, columns = x.shape
     if not rows:
         return x.new_empty(0, out_features)
-    if rows <= rows_for(sparse=w.positions is not None):
+    wide = wide_for(rows, w, processors) if hopper else None
+    if wide is None and rows <= rows_for(sparse=w.positions is not None):
         return launch(tile_for(rows, w, columns, processors), x, w, out_features, up, dx)
-    y = linear(x, weight(x.dtype, w, out_features, columns))
+    if wide is not None:
+        y = launch_wide(wide, x, w, out_features)
+    else:
+        y = linear(x, weight(x.dtype, w, out_features, columns))
     return y if up is None or dx is None else y.addmm_(dx, restore_up(up, x.dtype)[:out_features].T)
 
 
@@ -153,6 +189,41 @@ def launch(
         num_stages=1,
     )
     return y
+
+
+def launch_wide(tile: WideTile, x: Tensor, w: Fragments, out_features: int) -> Tensor:
+    """The product x Wᵀ by `wide_kernel`, cut in this way."""
+    rows, blocks = x.shape[0], w.columns // 32
+    x = _of_pairs(x)
+    ordered = torch.empty(rows, w.columns, dtype=x.dtype, device=x.device)
+    order_kernel[(-(-blocks * 16 // 1024), rows)](x, ordered, x.shape[1] // 2, blocks, BLOCK=1024)
+    y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
+    words, _, scale, offset = pointers(w)
+    wide_kernel[(-(-rows // tile.rows) * -(-out_features // tile.outputs),)](
+        ordered,
+        words,
+        scale,
+        offset,
+        y,
+        rows,
+        out_features,
+        w.tiles,
+        w.columns // 64,
+        **wide_constants(tile, x.dtype, w),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
+def wide_constants(tile: WideTile, dtype: torch.dtype, w: Fragments) -> dict[str, int | bool]:
+    """What `wide_kernel` is compiled for."""
+    found = {name: value for name, value in constants(dtype, w).items() if name not in ("CODES", "SPARSE", "STEP")}
+    return found | {"BM": tile.rows, "BN": tile.outputs, "STAGES": tile.stages}
+
+
+def _of_pairs(x: Tensor) -> Tensor:
+    return pad(x, (0, 1)) if x.shape[1] % 2 else x
 
 
 def pointers(w: Fragments) -> tuple[Tensor, ...]:
@@ -193,8 +264,9 @@ def arrange(x: Tensor, w: Fragments, eights: int) -> Tensor:
     """Rows x in the order of the second operand, filled up to so many eights of rows."""
     blocks = w.columns // 32
     made = torch.empty(eights, blocks, 256, dtype=x.dtype, device=x.device)
-    grid = (-(-made.numel() // 1024),)
-    arrange_kernel[grid](x, made, *x.shape, blocks, made.numel(), SPARSE=w.positions is not None, BLOCK=1024)
+    rows, x = x.shape[0], _of_pairs(x)
+    grid = (-(-blocks * 128 // 1024), eights)
+    arrange_kernel[grid](x, made, rows, x.shape[1] // 2, blocks, SPARSE=w.positions is not None, BLOCK=1024)
     return made
 
 

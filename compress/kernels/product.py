@@ -285,17 +285,28 @@ def product_kernel(
                 tl.store(y + m.to(tl.int64) * N + n, sums.to(y.dtype.element_ty), mask=(m < M) & (n < N))
 
 
-@triton.jit(do_not_specialize=["M", "columns", "blocks", "count"])
-def arrange_kernel(x, made, M, columns, blocks, count, SPARSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows x (M, columns) halves → (eights of rows, blocks of 32 columns, 32 lanes, 8) halves, filled up with 0."""
-    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # of a half
-    half, lane, block = number % 8, number // 8 % 32, number // 256
-    g, t = lane // 4, lane % 4
-    row = block // blocks * 8 + g
-    within = half // 2 * 8 + 2 * t + half % 2 if SPARSE else 8 * t + half
-    column = block % blocks * 32 + within
-    value = tl.load(x + row.to(tl.int64) * columns + column, mask=(row < M) & (column < columns), other=0.0)
-    tl.store(made + number, value, mask=number < count)
+@triton.jit(do_not_specialize=["M", "columns", "blocks"])
+def arrange_kernel(x, made, M, columns, blocks, SPARSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows x (M, columns) of pairs → (eights of rows, blocks of 32 columns, 32 lanes, 4) pairs, filled up with 0."""
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, lane, r = number // 128, number // 4 % 32, number % 4
+    row, t = tl.program_id(1) * 8 + lane // 4, lane % 4
+    column = block * 16 + (4 * r + t if SPARSE else 4 * t + r)
+    pairs = x.to(tl.pointer_type(tl.int32)) + row.to(tl.int64) * columns + column
+    value = tl.load(pairs, mask=(row < M) & (column < columns), other=0)
+    place = tl.program_id(1).to(tl.int64) * (blocks * 128) + number
+    tl.store(made.to(tl.pointer_type(tl.int32)) + place, value, mask=block < blocks)
+
+
+@triton.jit(do_not_specialize=["columns", "blocks"])
+def order_kernel(x, made, columns, blocks, BLOCK: tl.constexpr):
+    """Rows x (M, columns) of pairs → (M, blocks of 32 columns), filled up with 0: in each the columns of fragments."""
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, word, half, t = number // 16, number // 8 % 2, number // 4 % 2, number % 4
+    column = block * 16 + 4 * t + 2 * word + half
+    row = tl.program_id(1).to(tl.int64)
+    value = tl.load(x.to(tl.pointer_type(tl.int32)) + row * columns + column, mask=column < columns, other=0)
+    tl.store(made.to(tl.pointer_type(tl.int32)) + row * (blocks * 16) + number, value, mask=block < blocks)
 
 
 @triton.jit(do_not_specialize=["tiles", "steps"])

@@ -21,31 +21,32 @@ G, T = LANE // 4, LANE % 4
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """Let the kernels use these."""
-    from compress.kernels import product
+    from compress.kernels import product, wide
 
-    for instruction in (mma, mma_sparse, decode, times, twice):
-        patch.setattr(product, instruction.__name__, instruction)
+    for module in (product, wide):
+        for instruction in (mma, mma_sparse, decode, times, twice):
+            patch.setattr(module, instruction.__name__, instruction, raising=False)
 
 
 def _array(tensor: Any) -> Any:
-    return np.asarray(tensor.handle.data).reshape(-1)
+    return np.ascontiguousarray(tensor.handle.data)
 
 
 def _tensor(array: Any) -> Any:
     kind = tl.float32 if array.dtype == np.float32 else tl.int32
-    return tl.core.tensor(TensorHandle(array, kind), tl.block_type(kind, [len(array)]))
+    return tl.core.tensor(TensorHandle(np.ascontiguousarray(array), kind), tl.block_type(kind, list(array.shape)))
 
 
 def _halves(words: Any, bf16: Any) -> Any:
-    """Pairs (n,) int32 → (n, 2) float64."""
+    """Pairs (…) int32 → (…, 2) float64."""
     dtype = torch.bfloat16 if getattr(bf16, "value", bf16) else torch.float16
-    return torch.from_numpy(np.ascontiguousarray(words)).view(dtype).view(-1, 2).double().numpy()
+    return torch.from_numpy(np.ascontiguousarray(words)).unsqueeze(-1).view(dtype).double().numpy()
 
 
 def _pairs(values: Any, bf16: Any) -> Any:
-    """(n, 2) → pairs (n,) int32, rounded."""
+    """(…, 2) → pairs (…) int32, rounded."""
     dtype = torch.bfloat16 if getattr(bf16, "value", bf16) else torch.float16
-    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).view(torch.int32).view(-1).numpy()
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).view(torch.int32).squeeze(-1).numpy()
 
 
 def _warps(words: Any, bf16: Any) -> Any:
@@ -120,6 +121,7 @@ def times(a: Any, b: Any, bf16: Any) -> Any:
     return _tensor(_pairs(_halves(_array(a), bf16) * _halves(_array(b), bf16), bf16))
 
 
-def twice(pair: Any) -> tuple[Any, Any]:
-    low, high = _array(pair).view(np.int16).reshape(-1, 2).T
-    return tuple(_tensor(np.stack((one, one), -1).view(np.int32).reshape(-1)) for one in (low, high))
+def twice(pair: Any) -> tuple[Any, ...]:
+    whole = _array(pair)
+    halves = whole.reshape(*whole.shape, 1).view(np.int16)  # (…, 2)
+    return tuple(_tensor(np.repeat(halves[..., [one]], 2, -1).view(np.int32)[..., 0]) for one in range(2))

@@ -21,10 +21,14 @@ from tests.conftest import ROOT
 if TYPE_CHECKING:
     from torch import Tensor
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: in this process they are interpreted
-triton = pytest.importorskip("triton")
-from compress.kernels import multiply  # noqa: E402
-from tests.kernels import emulated  # noqa: E402
+if torch.cuda.is_available():
+    pytest.skip("kernels run: see test_cuda.py", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = (
+    "1"  # read when a kernel is defined, also Triton's own: in this process they are interpreted
+)
+pytest.importorskip("triton")
+from compress.kernels import multiply
+from tests.kernels import emulated
 
 KINDS = ("int4", "sparse24", "sparse24_int4")
 
@@ -118,6 +122,18 @@ def test_the_weight_is_decoded_to_what_the_grid_says(
     assert torch.equal(multiply.weight(dtype, weight, out, width), exact.to(dtype))
 
 
+@pytest.mark.parametrize(("group", "symmetric", "width"), [(128, True, 256), (64, False, 192), (-1, False, 200)])
+def test_the_warp_group_product_is_that_of_the_decoded_weight(group: int, symmetric: bool, width: int) -> None:
+    """In float16: the interpreter's product of bfloat16 is wrong. Of rows that no tile divides, and with a branch."""
+    out, rows = 72, 70
+    weight, exact = weight_of("int4", out, width, torch.float16, 3, group, symmetric=symmetric)
+    x, dx, up = (torch.randn(shape).half() for shape in ((rows, width), (rows, 16), (out, 16)))
+    assert multiply.wide_for(rows, weight, 132) is not None
+    found = multiply.multiply(x, weight, out, arrange_up(up), dx, processors=132, hopper=True)
+    wanted = x.double() @ exact.half().double().T + dx.double() @ up.double().T
+    assert float((found.double() - wanted).abs().max()) <= 2**-9 * float(wanted.abs().max())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_rows_are_multiplied_with_the_decoded_weight(kind: str) -> None:
     rows, out, width = rows_for(sparse=kind != "int4") + 1, 24, 64
@@ -173,11 +189,12 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
 
 
 def check_code(line: dict[str, Any]) -> None:
-    """No spill; shared memory for sums alone; each PTX instruction with a value for each thread."""
+    """No spill; shared memory for sums alone, or for x; each PTX instruction with a value for each thread."""
     assert line["stack_bytes"] == 0, line
     assert line["registers"] <= 255, line
-    assert line["shared_bytes"] <= 4096, line
-    assert line["one_value_a_thread"], line
+    wide = line["tile"] is not None and "stages" in line["tile"]
+    assert line["shared_bytes"] <= (112 << 10 if wide else 4096), line  # two programs fit on a multiprocessor
+    assert line["from_registers" if wide else "one_value_a_thread"], line
 
 
 # Issue 6 sets 2.6 for codes and 5.5 for values of 2:4, of float16, groups of 128 and up to 16 rows. It sets 1.3 for
@@ -192,7 +209,13 @@ def test_machine_code_keeps_to_registers(arch: str) -> None:
     for line in lines:
         check_code(line)
         tile = line["tile"]
-        if tile and tile["eights"] <= 2 and line["half"] == "fp16" and line["group"] == 128 and not line["branch"]:
+        if (
+            tile
+            and tile.get("eights", 8) <= 2
+            and line["half"] == "fp16"
+            and line["group"] == 128
+            and not line["branch"]
+        ):
             four = line["kind"] == "sparse24_int4" and tile["tiles"] == 4
             assert line["instructions_per_weight"] <= (1.3 if four else LIMITS[line["kind"]]), line
 
