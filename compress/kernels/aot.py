@@ -85,16 +85,18 @@ def all_tiles(kind: str) -> set[Tile]:
 
 
 def configurations(arch: int, *, everything: bool) -> Iterator[Configuration]:
-    """The tiles with float16 and groups of 128, and what else there is on one or, of everything, on all tiles."""
+    """The tiles with float16 and groups of 128; on one or, of everything, on all with the most that there may be."""
     for kind in KINDS:
         tiles = sorted((all_tiles if everything else usual_tiles)(kind))
         codes = kind != "sparse24"
         for tile in tiles:
             yield Configuration(kind, "fp16", tile)
         for tile in tiles if everything else tiles[:1]:
-            yield Configuration(kind, "bf16", tile)
-            for half, group in zip(HALVES, (32, 64) if codes else (128, 128), strict=True):
-                yield Configuration(kind, half, tile, group, offsets=codes, branch=True, even=tile.along == 1)
+            least = 32 if codes else 128
+            yield Configuration(kind, "bf16", tile, least, offsets=codes, branch=True, even=tile.along == 1)
+        if not everything:
+            yield Configuration(kind, "bf16", tiles[0])
+            yield Configuration(kind, "fp16", tiles[0], 64 if codes else 128, offsets=codes, even=False)
         yield Configuration(kind, "bf16", None, offsets=codes)
     if arch == 90:
         for wide, half in product(WIDE_TILES.values(), HALVES):

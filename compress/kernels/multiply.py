@@ -97,16 +97,17 @@ def tile_for(rows: int, w: Fragments, in_features: int, processors: int) -> Tile
 
 
 def _few(rows: int, busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
-    """Up to 16 rows: memory decides, so many warps read W."""
+    """Up to 16 rows: memory decides, so many warps read W; beside each other where they are many and x is, too."""
+    few = busy < 4
     if rows > 8 and sparse:
-        return (
-            Tile(2, 2, 2, 4, True, False, True) if busy >= 4 else Tile(2, 1, 1, _along(busy, steps), True, False, True)
-        )
+        return Tile(2, 1, 1, _along(busy, steps), True, False, True) if few else Tile(2, 2, 2, 4, True, False, True)
     if rows > 8:
-        return Tile(2, 1, 1, _along(busy, steps), False, False, False)
+        return Tile(2, 1, 1, _along(busy, steps), False, False, False) if few else Tile(2, 1, 4, 4, False, False, False)
     tiles = 1 if busy < 8 else 4 if sparse and codes else 2
+    if rows > 2 and not few and not sparse:
+        return Tile(1, tiles, 2, 4, False, False, False)
     along = _along(busy * (2 if tiles == 4 else 1) / tiles, steps)
-    return Tile(1, tiles, 1, along, sparse and rows > 4, False, True)
+    return Tile(1, tiles, 1, along, sparse and rows > (4 if few else 2), False, True)
 
 
 def _along(busy: float, steps: int) -> int:
