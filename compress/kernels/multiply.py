@@ -88,7 +88,7 @@ def tile_for(rows: int, w: Fragments, in_features: int, processors: int) -> Tile
         if not whole:
             found = found._replace(arranged=True)
     else:
-        found = _many(rows, busy * -(-rows // 32), sparse, codes)
+        found = _many(busy * -(-rows // 32), steps, sparse, codes)
     while found.tiles > w.tiles:
         found = found._replace(tiles=found.tiles // 2)
     while found.along > max(1, steps):
@@ -100,7 +100,9 @@ def _few(rows: int, busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
     """Up to 16 rows: memory decides, so many warps read W; beside each other where they are many and x is, too."""
     few = busy < 4
     if rows > 8 and sparse:
-        return Tile(2, 1, 1, _along(busy, steps), True, False, True) if few else Tile(2, 2, 2, 4, True, False, True)
+        if few:
+            return Tile(2, 1, 1, _along(busy, steps), True, False, True)
+        return Tile(2, 2, 2, 4, True, False, codes or busy < 8)
     if rows > 8:
         return Tile(2, 1, 1, _along(busy, steps), False, False, False) if few else Tile(2, 1, 4, 4, False, False, False)
     tiles = 1 if busy < 8 else 4 if sparse and codes else 2
@@ -116,12 +118,12 @@ def _along(busy: float, steps: int) -> int:
     return 1 << max(1, int(most).bit_length() - 1)
 
 
-def _many(rows: int, busy: float, sparse: bool, codes: bool) -> Tile:
+def _many(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
     """More rows: x decides, so warps read the same of it, and the rows of a program grow with the work."""
     if busy < 3:
         cut = (1, 1, 8)
     elif busy < 6:
-        cut = (1, 2, 4)
+        cut = (1, 2, 4) if steps < 64 else (2, 1, 8)
     elif busy < 10:
         cut = (2, 2, 4)
     elif busy < 20:
