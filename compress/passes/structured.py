@@ -68,9 +68,7 @@ class Narrowing(Structured):
         if not refuses(architecture, config, sizes, after):
             return
         key = "heads" if after.heads < sizes.heads else "hidden"
-        counts = [
-            n for n in range(1, sizes.heads) if not refuses(architecture, config, sizes, replace(after, heads=n))
-        ]
+        counts = [n for n in range(1, sizes.heads) if not refuses(architecture, config, sizes, replace(after, heads=n))]
         problem = f"{after.heads} of {sizes.heads} heads and a hidden size of {after.hidden} do not go together"
         problem += f": {type(config).__name__} wants the number of query heads to divide the hidden size"
         fits = ", ".join(f"{1 - n / sizes.heads:.4g}" for n in counts)
