@@ -120,10 +120,12 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     flow = _flow(lock, keep=keep, pause=pause)
     # float32 dense, current and solved weight, scores, and the int64 order of a sort
     solve = 32 * largest.weights
-    # Gram matrices: of all subsets of a block together, or of one at a time; and the product that is added to one.
+    # Gram matrices: of all subsets of a block together, which a pass over blocks always has, or of one at a time; and
+    # the product that is added to one.
     squares = {n.subset: 4 * n.in_features**2 for n in done if _statistics(lock, n) is Statistics.GRAM}
     square = max(squares.values(), default=0)
-    grams = sum(squares.values()) if lock.plan.run.refresh == "block" else square
+    together = lock.plan.run.refresh == "block" or any(lock.block_passes(sweep) for sweep in range(len(lock.sweeps)))
+    grams = sum(squares.values()) if together else square
     # Factoring holds four more matrices of the Gram's size beside the weight; solving, the factor.
     factor, held = (4 * square + 8 * largest.weights if square else 0), square
     busiest = grams + max(written * overlap + forward + square, kept + factor, kept + held + solve)

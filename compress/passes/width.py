@@ -226,8 +226,10 @@ def obs(W: Tensor, moments: Moments, units: Tensor, remove: int, damping: float)
         remove: how many go.
         damping: λ over the mean diagonal of H.
     """
-    W = W.double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moments, damping)))
+    W = W.to(torch.float64, copy=True)
+    H = _damped(moments, damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H, out=H))
+    del H
     units = units.to(W.device)
     alive = torch.ones(len(units), dtype=torch.bool, device=W.device)
     together = -(-remove // ROUNDS)
@@ -237,8 +239,8 @@ def obs(W: Tensor, moments: Moments, units: Tensor, remove: int, damping: float)
         go = cost.argsort(stable=True)[: min(together, remove)]
         u = units[go].flatten()
         solved = torch.linalg.solve(inverse[u][:, u], inverse[u])
-        W = W - W[:, u] @ solved
-        inverse = inverse - inverse[:, u] @ solved
+        W.addmm_(W[:, u], solved, alpha=-1)
+        inverse.addmm_(inverse[:, u], solved, alpha=-1)
         inverse[u, u] = 1.0  # of what is gone; its cost is not asked for again
         alive[go] = False
         remove -= len(go)
