@@ -132,18 +132,21 @@ def print_evaluation(lines: tuple[EvaluationLine, ...], console: Console) -> Non
 
 def explain(lock: Lock, name: str) -> dict[str, Any]:
     """Each setting of one layer, and the line of the plan that gave it. Raises PlanError for an unknown layer."""
-    names = [linear.name for linear in lock.linears]
+    found = {linear.name: (stage, linear) for stage in lock.stages for linear in stage.linears}  # the last that has it
+    names = list(found)
     if name not in names:
         fix = f"layers are named like {names[0]}"
         raise PlanError(f'no linear "{name}"{nearest(name, names)}', where=lock.plan.source.name, fix=fix)
-    linear = lock.linears[names.index(name)]
+    stage, linear = found[name]
     passes = []
     for index, one in enumerate(lock.plan.passes):
         line = lock.plan.source.line(("pass", index))
         entry: dict[str, Any] = {"pass": index, "use": one.use(), "line": line}
-        there = next(other for other in lock.stage_of(index).linears if other.name == name)
-        resolved = dict(there.passes).get(index)
-        if resolved is None:
+        there = next((other for other in lock.stage_of(index).linears if other.name == name), None)
+        resolved = dict(there.passes).get(index) if there else None
+        if there is None:
+            entry["skipped"] = "the smaller model has no layer of this name"
+        elif resolved is None:
             named = one.targets(name)
             entry["skipped"] = (
                 "an except pattern matches"
@@ -160,11 +163,11 @@ def explain(lock: Lock, name: str) -> dict[str, Any]:
         "name": linear.name,
         "tensor": linear.stored,
         "block": linear.block,
-        "inputs_shared_with": [other.name for other in lock.in_block(linear.block) if other.subset == linear.subset],
+        "inputs_shared_with": [other.name for other in stage.in_block(linear.block) if other.subset == linear.subset],
         "shape": [linear.out_features, linear.in_features],
         "dtype": linear.dtype,
         "format": lock.form.name,
-        "tensors": [slot.name for slot in lock.form.slots(linear)],
+        "tensors": [slot.name for slot in lock.form.slots(linear)] if stage is lock else [],
         "passes": passes,
     }
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress.barrier import WholeModel
-from compress.checking import check_plan
+from compress.checking import check_plan, explain
 from compress.errors import PlanError
 from compress.export.reader import open_model
 from tests.conftest import same_bits, tiny_directory
@@ -180,6 +180,29 @@ def test_what_the_model_does_not_know_is_copied_and_not_counted(folder: Path) ->
     smaller = load_file(folder / "out" / "model.safetensors")
     assert torch.equal(smaller.pop("model.unknown"), torch.arange(5.0))
     assert report.output.parameters == sum(tensor.numel() for tensor in smaller.values())
+
+
+def test_what_check_and_explain_say_of_stages(folder: Path) -> None:
+    write(folder, WIDTH + '[[pass]]\nuse = "depth"\nblocks = 1\n' + GPTQ)
+    plan = compress.load_plan(folder / "plan.toml")
+    found = check_plan(plan)
+    assert [one["left"] for one in found["passes"]] == [
+        {"heads": 2, "channels": 24, "hidden": 32, "blocks": 2},
+        {"heads": 2, "channels": 24, "hidden": 32, "blocks": 1},
+        None,
+    ]
+    assert [one["linears"] for one in found["passes"]] == [2, 14, 7]
+    assert [one["sweep"] for one in found["passes"]] == [0, 1, 2]
+    assert found["model"]["blocks"] == 2
+    lock = compress.lock.compile_plan(plan)
+    first, second = (explain(lock, f"model.layers.{block}.mlp.down_proj") for block in (0, 1))
+    assert (first["shape"], second["shape"]) == ([32, 24], [32, 24])
+    assert "settings" in first["passes"][2]
+    assert second["passes"][2]["skipped"] == "the smaller model has no layer of this name"
+    skipped = explain(lock, "model.layers.0.mlp.up_proj")["passes"][0]["skipped"]
+    assert skipped == "it works on other linears of the block"
+    with pytest.raises(PlanError, match=r'no linear "model.layers.2.mlp.up_proj"; did you mean'):
+        explain(lock, "model.layers.2.mlp.up_proj")
 
 
 # ---------------------------------------------------------------- what is refused
