@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from compress.calibration.moments import DAMPING_LADDER
+from compress.errors import RunError
 from compress.passes.base import BlockPass, BlockState, Note, SettingError, Statistics
 from compress.passes.structured import Narrowing, coupled_heads, rounded
 from compress.structure import Sizes
@@ -121,28 +123,39 @@ class WidthPruning(Narrowing, BlockPass):
             units = width.unit_columns(width.count(block.config), state.in_features)
             keep = getattr(after, width.name)
             W = state.weight
-            kept = self._choose(block, width, W, moments, units, len(units) - keep, state.name)
+            damping = definite(moments, self.damping) if self.updates else self.damping
+            kept = self._choose(block, width, W, moments, units, len(units) - keep, state.name, damping)
             columns = units[kept].flatten()
             gone = torch.ones(state.in_features, dtype=torch.bool)
             gone[columns] = False
             if self.updates:
-                state.weight = refitted(W, moments, columns, self.damping)
+                state.weight = refitted(W, moments, columns, damping)
             else:
                 state.weight = torch.where(gone.to(W.device), 0.0, W)
             if self.score == "flap":
                 self._compensate(block, name, (W - state.weight) @ (moments.sums / max(1, moments.tokens)))
             block.found |= {f"{width.name}:kept": kept}
             notes[name] = {"detail": f"{keep} of {len(units)} {width.name}"}
+            if self.updates:
+                notes[name] |= {"damping": damping, "dead_columns": int((moments.squares == 0).sum())}
             if self.score == "flap" and f"{name}.bias" not in block.parameters:
                 notes[name]["detail"] += ", no bias to take their mean"
         return notes
 
     def _choose(
-        self, block: BlockState, width: Width, W: Tensor, moments: Moments, units: Tensor, remove: int, name: str
+        self,
+        block: BlockState,
+        width: Width,
+        W: Tensor,
+        moments: Moments,
+        units: Tensor,
+        remove: int,
+        name: str,
+        damping: float,
     ) -> Tensor:
         """Indices of the units that stay, ascending."""
         if self.score == "obs":
-            return obs(W, moments, units, remove, self.damping)
+            return obs(W, moments, units, remove, damping)
         if self.score == "random":
             generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
             scores = torch.rand(len(units), generator=generator)
@@ -197,6 +210,25 @@ def _damped(moments: Moments, damping: float) -> Tensor:
     diagonal += damping * diagonal.mean()
     diagonal[dead] = 1.0
     return H
+
+
+def definite(moments: Moments, damping: float) -> float:
+    """The damping, or ten or a hundred times as much, that makes H positive definite in spite of its rounding.
+
+    Raises:
+        RunError: none of them does.
+    """
+    for step in DAMPING_LADDER:
+        H = _damped(moments, damping * step)
+        failed = torch.empty((), dtype=torch.int32, device=H.device)
+        torch.linalg.cholesky_ex(H, out=(H, failed))
+        if failed.item() == 0:
+            return damping * step
+    raise RunError(
+        f"the second moment of the input ({moments.in_features} columns, {moments.tokens} tokens) is not positive "
+        f"definite, even with damping {damping * DAMPING_LADDER[-1]:g}",
+        fix="raise damping, or calibrate on more tokens",
+    )
 
 
 def refitted(W: Tensor, moments: Moments, columns: Tensor, damping: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from compress.architecture import architecture_for
 from compress.calibration.moments import Moments, Statistics
+from compress.errors import RunError
 from compress.passes.base import BlockState, SettingError
 from compress.passes.structured import rounded
 from compress.passes.width import WidthPruning, _costs, _damped, obs, refitted
@@ -102,6 +103,26 @@ def test_the_refit_with_everything_kept_is_the_identity() -> None:
     W, X, units = layer(2, 30)
     assert torch.equal(refitted(W, moments_of(X), units.flatten().sort().values, DAMPING), W)
     assert obs(W, moments_of(X), units, 0, DAMPING).tolist() == [*range(UNITS)]
+
+
+@pytest.mark.parametrize("score", ["obs", "wanda"])
+def test_damping_climbs_the_ladder_and_then_fails(score: str) -> None:
+    """A Gram matrix that its float32 has made indefinite: more damping is used and told of, never nothing instead."""
+    block, inputs = block_of("llama", 45)
+    X = inputs["mlp.down_proj"]
+    X[:, 1:] = X[:, :1] * torch.linspace(0.9, 1.1, 47) + 1e-6 * X[:, 1:]
+    moments = moments_of(X)
+    lowest = -float(torch.linalg.eigvalsh(moments.gram().double()).min()) / float(moments.squares.mean())
+    assert lowest > 0
+    W = block.linears["mlp.down_proj"].weight
+    for damping, used in ((2 * lowest, 2 * lowest), (lowest / 5, 2 * lowest), (lowest / 50, 2 * lowest)):
+        block.linears["mlp.down_proj"].weight, block.moments["mlp.down_proj"] = W, moments
+        notes = WidthPruning(score=score, update=True, channels=0.5, multiple=8, damping=damping).apply(block)
+        assert notes["mlp.down_proj"]["damping"] == pytest.approx(used)
+        assert torch.isfinite(block.linears["mlp.down_proj"].weight).all()
+    block.linears["mlp.down_proj"].weight = W
+    with pytest.raises(RunError, match=r"\(48 columns, 50 tokens\) is not positive definite, even with damping"):
+        WidthPruning(score=score, update=True, channels=0.5, multiple=8, damping=lowest / 200).apply(block)
 
 
 def test_fewer_tokens_than_columns() -> None:
