@@ -27,19 +27,31 @@ from pydantic import (
     model_validator,
 )
 
-from compress.architecture import Architecture
 from compress.calibration.moments import Moments, Statistics
 from compress.errors import nearest
-from compress.settings import Settings
 from compress.grid import GridSpec
+from compress.settings import Settings
 from compress.state import LinearState, Pattern
 
 if TYPE_CHECKING:
+    from compress.architecture import Architecture
     from compress.barrier import WholeModel
     from compress.lock import Lock
     from compress.reconstruct import BlockForward
 
-__all__ = ["BlockPass", "BlockState", "Invariant", "LinearPass", "LinearState", "Moments", "Note", "Pass", "Statistics", "Survey", "Where"]
+__all__ = [
+    "BlockPass",
+    "BlockState",
+    "Invariant",
+    "LinearPass",
+    "LinearState",
+    "Moments",
+    "Note",
+    "Pass",
+    "Statistics",
+    "Survey",
+    "Where",
+]
 
 
 class Invariant(StrEnum):
@@ -336,8 +348,12 @@ class PruningPass(LinearPass):
         """The group of a pattern must divide the input width."""
         if self.pattern and in_features % self.pattern.group:
             fits = [m for m in (2, 4, 8, 16, 32) if in_features % m == 0]
-            problem = f"pattern {self.pattern} needs an input width that {self.pattern.group} divides, not {in_features}"
-            raise SettingError(problem, f"choose M among {', '.join(map(str, fits)) or 'none'}, or except these linears")
+            problem = (
+                f"pattern {self.pattern} needs an input width that {self.pattern.group} divides, not {in_features}"
+            )
+            raise SettingError(
+                problem, f"choose M among {', '.join(map(str, fits)) or 'none'}, or except these linears"
+            )
 
 
 class GridSettings(Settings):

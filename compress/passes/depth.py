@@ -2,7 +2,7 @@
 
     angular     the n neighbours over which the residual stream turns least: the ℓ of least mean
                 ``arccos(x_ℓ · x_{ℓ+n} / ‖x_ℓ‖ ‖x_{ℓ+n}‖) / π``            Gromov et al. 2024, arXiv 2403.17887
-    influence   the n blocks of least ``1 − cos(x_ℓ, x_{ℓ+1})``, on average   Men et al. 2024 (ShortGPT), arXiv 2403.03853
+    influence   the n blocks of least ``1 − cos(x_ℓ, x_{ℓ+1})``, on average   Men et al. 2024 (ShortGPT), 2403.03853
     perplexity  one after another, the block whose absence raises the loss least
                                                                   Kim et al. 2024 (Shortened LLaMA), arXiv 2402.02834
 
@@ -48,7 +48,9 @@ class DepthPruning(Structured, ModelPass):
             problem = f"blocks = {self.blocks} of {sizes.blocks} leaves none"
             raise SettingError(problem, f"blocks = {sizes.blocks - 1} or less", ("blocks",))
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-            problem = "attention is scaled by the number of its block, which would change (scale_attn_by_inverse_layer_idx)"
+            problem = (
+                "attention is scaled by the number of its block, which would change (scale_attn_by_inverse_layer_idx)"
+            )
             raise SettingError(problem, "prune the width instead", ("blocks",))
         return replace(sizes, blocks=sizes.blocks - self.blocks)
 

@@ -6,8 +6,9 @@ While B A learns beside a frozen W, with ``y = W x + s B A x``, one step of the 
 
 (equation 8 there), a stand-in for the gradient of W that needs the gradients of the factors only. The importance of an
 entry is ``(Ĝ ⊙ (W + s B A))²`` (equation 6), that of a unit the sum over its rows and columns in all linears that it
-goes through, and a moving average over the steps, ``Ī ← λ Ī + (1 − λ) I`` (equation 10), ranks the units of a block. They
-are masked little by little, by a cubic schedule that ends at the target; in the end they are removed, and B A is merged.
+goes through, and a moving average over the steps, ``Ī ← λ Ī + (1 − λ) I`` (equation 10), ranks the units of a block.
+They are masked little by little, by a cubic schedule that ends at the target; in the end they are removed, and B A is
+merged.
 
 Gradients are read as the backward leaves them, unclipped. A unit that was masked stays so: its gradient is zero.
 """
@@ -24,7 +25,6 @@ from compress.distributed import whole
 from compress.end_to_end import Loss, train_whole
 from compress.passes.base import ModelPass, Note, SettingError
 from compress.passes.structured import Narrowing
-from compress.structure import Sizes
 from compress.training import Training
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from compress.architecture import Architecture, Width
     from compress.barrier import WholeModel
     from compress.lock import Lock
+    from compress.structure import Sizes
 
 
 class LoRAPrune(Training, Narrowing, ModelPass):
@@ -108,7 +109,9 @@ class LoRAPrune(Training, Narrowing, ModelPass):
             if getattr(after, width.name) < getattr(sizes, width.name)
         ]
         masking = Masking(self, groups)
-        trained, numbers = train_whole(model, modules, {}, self, Loss(self.distill, self.temperature), model.tokens, masking)
+        trained, numbers = train_whole(
+            model, modules, {}, self, Loss(self.distill, self.temperature), model.tokens, masking
+        )
         detail = f"{trained:,} trained, loss {numbers['first']:.4f} to {numbers['best']:.4f}"
         notes: dict[str, Note] = {name: {"detail": detail} for name in modules}
         for group in groups:

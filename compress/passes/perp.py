@@ -6,8 +6,8 @@ al. 2024, arXiv 2407.14679). Masks stay bit for bit; on a grid only a branch bes
 
 `mode = "end-to-end"` minimizes the loss of `compress.end_to_end` over the calibration set.
 
-`mode = "reconstruct"` trains block by block in a sweep, with ``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²``, x the inputs that the
-compressed blocks before it give (section 3.2 of the paper): no more than two blocks are ever in memory.
+`mode = "reconstruct"` trains block by block in a sweep, with ``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²``, x the inputs
+that the compressed blocks before it give (section 3.2 of the paper): no more than two blocks are ever in memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compress.adapting import AdaptedLinear, Form, kind_of
-from compress.passes.base import BlockPass, BlockState, Invariant, ModelPass, Note, SettingError, Statistics
 from compress.end_to_end import Loss, train_whole
+from compress.passes.base import BlockPass, BlockState, Invariant, ModelPass, Note, SettingError, Statistics
 from compress.training import Training, train
 
 if TYPE_CHECKING:
@@ -34,14 +34,18 @@ Trained = Literal["norms", "biases", "embeddings", "head", "low_rank", "weights"
 class PERP(Training, BlockPass, ModelPass):
     """Retrain few parameters, on the language-model loss or towards the dense model; masks and codes stay."""
 
-    train: tuple[Trained, ...] = Field(default=("norms", "biases", "low_rank"), min_length=1, description="what may learn")
+    train: tuple[Trained, ...] = Field(
+        default=("norms", "biases", "low_rank"), min_length=1, description="what may learn"
+    )
     variant: Literal["lora", "lora-prune", "masklora", "scalelora"] = Field(
         default="lora", description="form of low_rank: a branch that stays, or one that is merged under the mask"
     )
     rank: int = Field(default=8, ge=1, description="of low_rank, where there is no branch yet")
     alpha: float | None = Field(default=None, gt=0, description="low_rank counts alpha / rank; default: 2 · rank")
     extend: bool = Field(default=False, description="leave a branch that is there, and learn rank more beside it")
-    mode: Literal["end-to-end", "reconstruct"] = Field(default="end-to-end", description="whole model, or block by block")
+    mode: Literal["end-to-end", "reconstruct"] = Field(
+        default="end-to-end", description="whole model, or block by block"
+    )
     distill: float = Field(default=0.0, ge=0, le=1, description="share of the loss that compares with the dense model")
     temperature: float = Field(default=1.0, gt=0, description="of that comparison")
     hidden: float = Field(default=0.0, ge=0, description="weight of the comparison of hidden states")

@@ -72,7 +72,9 @@ def stream_of(model: nn.Module, family: str, ids: Tensor) -> list[Tensor]:
 
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks.children()]
     last = list(blocks.children())[-1]
-    hooks.append(last.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out)))
+    hooks.append(
+        last.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, tuple) else out))
+    )
     with torch.no_grad():
         model(ids, use_cache=False)
     for hook in hooks:

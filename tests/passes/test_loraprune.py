@@ -90,7 +90,9 @@ def test_the_criterion_is_the_step_of_the_factors(started: bool) -> None:
     torch.testing.assert_close(importance_of(module).double(), wanted, rtol=1e-4, atol=1e-3 * float(wanted.max()))
 
 
-@pytest.mark.parametrize(("steps", "every", "start", "end"), [(100, 10, 0.1, 0.9), (37, 5, 0.0, 1.0), (3, 10, 0.1, 0.5)])
+@pytest.mark.parametrize(
+    ("steps", "every", "start", "end"), [(100, 10, 0.1, 0.9), (37, 5, 0.0, 1.0), (3, 10, 0.1, 0.5)]
+)
 def test_the_schedule(steps: int, every: int, start: float, end: float) -> None:
     one = LoRAPrune(channels=0.5, steps=steps, prune_every=every, start=start, end=end)
     shares = [one.share_masked(step) for step in range(steps + 1)]

@@ -225,7 +225,9 @@ def test_all_learns(
     family: str, mode: str, sources: Callable[..., Path], pruned: Callable[..., Path], tmp_path: Path, watch: Watch
 ) -> None:
     """Every parameter (of the blocks, when it is block by block) that the mask leaves, and no pruned weight."""
-    compress.run(plan_of(sources(family), tmp_path / "out", Wanda(pattern="2:4"), PERP(train=("all",), mode=mode, **SHORT)))
+    compress.run(
+        plan_of(sources(family), tmp_path / "out", Wanda(pattern="2:4"), PERP(train=("all",), mode=mode, **SHORT))
+    )
     before, after = weights_of(pruned(family)), weights_of(tmp_path / "out")
     inside = {name for name in before if ".layers." in name or ".h." in name}
     assert changed(before, after) == (inside if mode == "reconstruct" else set(before))
