@@ -7,7 +7,8 @@ stored before anything is measured. A code of 0 stays 0, so the mask stays for f
 
 One set of codes can have several sets of scales, one per task: passes with a `name`, each with a text of its own
 (`source`), all begin with the scales that the quantizer left. They are the last passes of a plan;
-`compress.export.scales` says what is written. The layer-wise closed form is `rescale` of the quantizers (`grid_search.rescaled`).
+`compress.export.scales` says what is written. The layer-wise closed form is `rescale` of the quantizers
+(`grid_search.rescaled`).
 """
 
 from __future__ import annotations
