@@ -47,7 +47,10 @@ def summary(result: GateResult) -> str:
     """Markdown for ``$GITHUB_STEP_SUMMARY``."""
     from compress.evals.commands import cells, remarks
 
-    rows = ["| task | metric | verdict | loss | at most | margin | baseline | value |", "|:--|:--|:--|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| task | metric | verdict | loss | at most | margin | baseline | value |",
+        "|:--|:--|:--|--:|--:|--:|--:|--:|",
+    ]
     for one in result.comparisons:
         shown = (one.task, one.metric, one.verdict or "-", *cells(one))
         rows.append(f"| {' | '.join(text.replace('|', '/') for text in shown)} |")
@@ -60,7 +63,9 @@ def sentence(one: Comparison) -> str:
     from compress.evals.commands import cells
 
     loss, high, margin, baseline, value = cells(one)
-    figures = f"{one.metric} {baseline} to {value}, loss {loss} (at most {high}), margin {margin}, {one.samples:,} samples"
+    figures = (
+        f"{one.metric} {baseline} to {value}, loss {loss} (at most {high}), margin {margin}, {one.samples:,} samples"
+    )
     return f"{one.verdict}: {figures}" + (f"; {one.why}" if one.why else "")
 
 

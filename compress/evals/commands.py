@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from compress.errors import PlanError
-from compress.evals.results import GateResult
 from compress.plan import Evaluate, Gate
 from compress.report import figure, percent, replace_text, signed
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from compress.evals.outcomes import Outcomes
-    from compress.evals.results import Comparison, Figure, TaskLine
+    from compress.evals.results import Comparison, Figure, GateResult, TaskLine
 
 
 def settings_of(**options: Any) -> Evaluate:
@@ -60,7 +59,9 @@ def show_tasks(
     if console:
         print_tasks(lines, found.groups, console)
         console.print(
-            f"lm-eval {found.harness}, batches of {found.batch_size}, dtype {found.dtype}", highlight=False, soft_wrap=True
+            f"lm-eval {found.harness}, batches of {found.batch_size}, dtype {found.dtype}",
+            highlight=False,
+            soft_wrap=True,
         )
     return [line.model_dump(mode="json") for line in lines]
 

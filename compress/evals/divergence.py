@@ -139,9 +139,7 @@ def _line(name: str, requests: list[tuple[list[int], list[int]]], pair: Any, bat
                 # The state before a target predicts it.
                 scores.add([one[index, part - 1] for one in logits], row[part].to(pair.device))
         positions += places
-    return TokenLine(
-        task=name, divergence=scores.divergence(), positions=_by_position(scores, torch.cat(positions))
-    )
+    return TokenLine(task=name, divergence=scores.divergence(), positions=_by_position(scores, torch.cat(positions)))
 
 
 def _by_position(scores: Scores, positions: Tensor) -> tuple[PositionLine, ...]:

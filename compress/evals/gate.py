@@ -69,7 +69,9 @@ def compare(
         if ties:
             notes.append(f"{task.name}: {ties:,} answers are ties that were none in the baseline; they count as wrong")
         if broken:
-            notes.append(f"{task.name}: {broken:,} of {task.samples:,} samples have log-likelihoods that are not finite")
+            notes.append(
+                f"{task.name}: {broken:,} of {task.samples:,} samples have log-likelihoods that are not finite"
+            )
     judged = [index for index, one in enumerate(comparisons) if one.margin is not None]
     if not judged:
         raise PlanError("no metric of these tasks can be judged", where=name, fix="give a task with an accuracy")
@@ -117,7 +119,9 @@ def check_conditions(found: Outcomes, baseline: Outcomes, name: str) -> None:
             raise PlanError(f"the baseline has no task {task.name}; {has}", where=name, fix=again)
         other = known[task.name]
         if task.hash != other.hash:
-            was = f"version {other.version} then, {task.version} now" if task.version != other.version else "same version"
+            was = (
+                f"version {other.version} then, {task.version} now" if task.version != other.version else "same version"
+            )
             problem = f"the baseline of {task.name} was taken with another prompt or metric ({was})"
             raise PlanError(problem, where=name, fix="write the baseline again")
     missing = sorted(set(known) - {task.name for task in found.tasks})
@@ -222,9 +226,7 @@ def _kind(aggregation: str, series: _Series) -> Kind | None:
     return "accuracy" if np.isin([series.baseline, series.found], (0, 1)).all() else "score"
 
 
-def _compare(
-    task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Series, settings: Gate
-) -> Comparison:
+def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Series, settings: Gate) -> Comparison:
     """One metric: its loss and bounds; not judged yet."""
     n = len(pairs)
     sign = 1.0 if kind != "score" or task.higher_is_better.get(metric, True) else -1.0

@@ -153,9 +153,7 @@ class Runner:
             from compress.evals.lm import HarnessLM
             from compress.runtime import load
 
-            model = load(
-                self.directory, device=self.device, dtype=self.settings.dtype, trust_remote_code=self.trusted
-            )
+            model = load(self.directory, device=self.device, dtype=self.settings.dtype, trust_remote_code=self.trusted)
             self._lm = HarnessLM(model, self.tokenizer, self.settings.batch_size, self.settings.add_bos_token)
         return self._lm
 

@@ -24,8 +24,8 @@ from compress.calibration.plan_source import load_tokenizer, located
 from compress.calibration.sources import whole_text
 from compress.calibration.tokens import eval_stream
 from compress.errors import PlanError
-from compress.export.reader import open_model
 from compress.evals.results import Divergence
+from compress.export.reader import open_model
 from compress.report import EvaluationLine, TextScore
 from compress.stream import Activations, Skeleton
 from compress.walk import batch_rows

@@ -108,7 +108,9 @@ def load_tasks(spec: Spec, include_path: Path | None) -> Any:
     stock = TaskManager()  # reads lm-eval's own task files, for seconds
     if spec.name not in stock.all_tasks:
         hint = nearest(spec.name, [*(own.all_tasks if own else ()), *stock.all_tasks, *FORMS])
-        raise PlanError(f'unknown task "{spec.name}"{hint}', where="tasks", fix=f"lm-eval ls tasks names its; {_forms()}")
+        raise PlanError(
+            f'unknown task "{spec.name}"{hint}', where="tasks", fix=f"lm-eval ls tasks names its; {_forms()}"
+        )
     return _build(stock, spec.name, spec)
 
 

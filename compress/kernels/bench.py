@@ -1,100 +1,227 @@
-"""Check the Triton kernels against float64 and time them on the GPU at hand.
+"""Check the Triton kernels against float64 on the GPU at hand, and time them beside torch's own.
 
     python -m compress.kernels.bench [--check] [--json OUT]
 
-Times are of CUDA graphs that go through copies of the weight larger than the L2 cache together, beside the same product
-in float16 by cuBLAS. `--check` only compares; where TRITON_INTERPRET=1 is set it does so without a GPU, on small shapes.
+With `--check` it only compares. Times are of CUDA graphs that go through copies of the weight larger than the L2 cache
+together: medians of replays. Beside ours are cuBLAS in float16, torch's int4 operator for GPUs (`_weight_int4pack_mm`,
+in bfloat16) and its semi-structured one (cuSPARSELt); the bandwidths of copying and of reading are of the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 from compress.errors import CompressError, RunError
 from compress.grid import Grid, GridSpec
-from compress.kernels.gpu import TritonInt4
-from compress.kernels.pack import Layout, pack_part, unpack_weight
+from compress.kernels.gpu import PARTS, Triton, TritonInt4, TritonSparse24, TritonSparse24Int4
+from compress.kernels.pack import PAIRS, Layout, pack_part, unpack_weight
+from compress.state import LowRank
 
-SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))  # (out, in)
-ROWS = (1, 4, 16, 64, 256, 2048)
-CACHE = 256 << 20  # bytes of copies that no L2 cache holds
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
-
-def kernel_of(out: int, width: int, dtype: torch.dtype, device: str) -> tuple[TritonInt4, torch.Tensor]:
-    """A kernel for random codes in groups of 128, and the weight (out, in) that they stand for."""
-    spec = GridSpec(4, 128 if width % 128 == 0 else 32)
-    generator = torch.Generator().manual_seed(out + width)
-    scale = (torch.rand(out, spec.groups(width), generator=generator) * 0.02 + 0.01).to(dtype)
-    codes = torch.randint(0, 16, (out, width), generator=generator, dtype=torch.uint8)
-    grid = Grid(spec, scale, torch.full(scale.shape, 8, dtype=torch.uint8), codes)
-    layout = Layout(out, width, dtype, spec)
-    parts = {suffix: pack_part(layout, suffix, grid, None, None) for suffix in layout.tensors()}
-    return TritonInt4(layout, parts, dtype).to(device), unpack_weight(layout, parts)
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # (out, in)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
+CACHE = 192 << 20  # bytes of copies that no L2 cache holds
+KERNELS: dict[str, type[Triton]] = {"int4": TritonInt4, "sparse24": TritonSparse24, "sparse24_int4": TritonSparse24Int4}
+TOLERANCE = {torch.float16: 2**-9, torch.bfloat16: 2**-6}  # of the largest output
 
 
-def check(device: str) -> list[dict[str, Any]]:
-    """The largest error of each case in units of the largest output. Raises RunError above 2⁻⁹ (2⁻⁶ in bfloat16)."""
-    small = device == "cpu"
+class Case(NamedTuple):
+    """A linear to compare, and the rows of x."""
+
+    out: int
+    width: int
+    group: int = 128
+    symmetric: bool = True
+    rank: int = 0
+    rows: tuple[int, ...] = (1, 17)
+
+
+CASES = (
+    Case(512, 1024, rows=(1, 3, 5, 8, 9, 16, 17, 64, 100, 320, 700)),
+    Case(200, 448, group=64, symmetric=False, rank=24, rows=(1, 16, 40, 130, 700)),
+    Case(96, 256, group=32),
+    Case(72, 200, group=-1, symmetric=False, rank=16, rows=(1, 9, 33)),  # no whole steps
+    Case(8, 64, group=32),
+)
+
+
+def kernel_of(kind: str, case: Case, dtype: torch.dtype, device: str) -> tuple[Triton, Tensor, LowRank | None]:
+    """A kernel for random weights, the weight (out, in) that they stand for, and the branch."""
+    random = torch.Generator(device).manual_seed(case.out + case.width)
+    out, width = case.out, case.width
+    options: dict[str, Any] = {"generator": random, "device": device}
+    mask = None
+    if kind != "int4":
+        pairs = torch.zeros(len(PAIRS), 4, dtype=torch.bool, device=device)
+        for number, pair in enumerate(PAIRS):
+            pairs[number, list(pair)] = True
+        mask = pairs[torch.randint(len(PAIRS), (out, width // 4), **options)].view(out, width)
+    branch = None
+    if case.rank:
+        branch = LowRank(torch.randn(out, case.rank, **options), torch.randn(case.rank, width, **options) / 16)
+    if kind == "sparse24":
+        assert mask is not None
+        layout = Layout(out, width, dtype, None, True, case.rank)
+        made: Tensor | Grid = torch.randn(out, width, **options).to(dtype) * mask
+    else:
+        spec = GridSpec(4, case.group, case.symmetric)
+        scale = (torch.rand(out, spec.groups(width), **options) * 0.02 + 0.01).to(dtype)
+        zero = torch.randint(1, 15, scale.shape, dtype=torch.uint8, **options)
+        codes = torch.randint(0, 16, (out, width), dtype=torch.uint8, **options)
+        made = Grid(spec, scale, torch.full_like(zero, 8) if case.symmetric else zero, codes)
+        made = made if mask is None else made.zeroed(~mask)
+        layout = Layout(out, width, dtype, spec, mask is not None, case.rank)
+    parts = {suffix: pack_part(layout, suffix, made, mask, branch).to(device) for suffix in layout.tensors()}
+    return KERNELS[kind](layout, parts, dtype), unpack_weight(layout, parts), branch
+
+
+def check(kind: str, dtype: torch.dtype, device: str = "cuda", cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
+    """The largest error of each case in units of the largest output.
+
+    Raises:
+        RunError: it is above 2⁻⁹ (2⁻⁶ in bfloat16), or the same input gives other bits, also from a CUDA graph.
+    """
     found = []
-    for dtype, tolerance in ((torch.float16, 2**-9), (torch.bfloat16, 2**-6)):
-        if small and dtype is torch.bfloat16:
-            continue  # the interpreter's arithmetic in it is wrong
-        for out, width in ((128, 256), (200, 96)) if small else ((512, 1024), *SHAPES):
-            kernel, weight = kernel_of(out, width, dtype, "cpu")
-            kernel.device = torch.device(device)
-            kernel = kernel.to(device)
-            for rows in (1, 9, 17) if small else (1, 3, 16, 17, 64, 100, 2048):
-                x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
-                exact = (x.to(device).double() @ weight.to(device).double().T).cpu()
-                error = float((kernel(x.to(device)).cpu().double() - exact).abs().max() / exact.abs().max())
-                found.append({"dtype": str(dtype), "shape": [out, width], "rows": rows, "error": error})
-                if not error <= tolerance:
-                    raise RunError(f"{found[-1]} is above {tolerance:g}", fix="report it with the name of the GPU")
+    for case in cases:
+        kernel, weight, branch = kernel_of(kind, case, dtype, device)
+        for rows in case.rows:
+            x = torch.randn(rows, case.width, generator=torch.Generator().manual_seed(rows)).to(device, dtype)
+            exact = x.double() @ weight.double().T
+            if branch is not None:
+                down, up = (part.to(dtype).double() for part in (branch.down, branch.up))
+                exact += (x.double() @ down.T).to(dtype).double() @ up.T
+            y = kernel(x)
+            error = float((y.double() - exact).abs().max() / exact.abs().max())
+            line = {"kernel": kernel.name, "dtype": str(dtype).removeprefix("torch."), **case._asdict(), "rows": rows}
+            found.append(line | {"error": error})
+            fix = "report it with the name of the GPU"
+            if not error <= TOLERANCE[dtype]:
+                raise RunError(f"{found[-1]} is above {TOLERANCE[dtype]:g}", fix=fix)
+            again = replayed(partial(kernel, x)) if device == "cuda" else kernel(x)
+            if not torch.equal(y, again):
+                raise RunError(f"{line}: the same product has other bits", fix=fix)
     return found
 
 
-def seconds(calls: list[Any]) -> float:
-    """The time of one of these calls, from a CUDA graph of all, the best of 20 replays."""
-    for call in calls:
+def replayed(call: Callable[[], Tensor]) -> Tensor:
+    """What a call gives in a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    found.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    return found
+
+
+def check_all() -> list[dict[str, Any]]:
+    """`check` of all kernels, each in a process of its own: most of the time is compiling."""
+    jobs = list(product(KERNELS, TOLERANCE))
+    with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
+        return [line for lines in pool.map(check, *zip(*jobs, strict=True)) for line in lines]
+
+
+def seconds(calls: list[Callable[[], Tensor]]) -> float:
+    """The time of one of these calls, from a CUDA graph of all: the median of ten replays."""
+    for call in calls[:2]:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    best = float("inf")
-    for _ in range(20):
+    times = []
+    for _ in range(10):
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         began.record()
         graph.replay()
         ended.record()
         ended.synchronize()
-        best = min(best, began.elapsed_time(ended) / 1000 / len(calls))
-    return best
+        times.append(began.elapsed_time(ended) / 1000 / len(calls))
+    return float(median(times))
 
 
-def times() -> list[dict[str, Any]]:
-    """Seconds of the kernel and of cuBLAS, by shape and rows; and the bytes of weights read a second."""
-    found = []
+def bandwidth() -> dict[str, float]:
+    """Bytes a second of copying, read and written, and of reading."""
+    one, other = (torch.ones(1 << 28, device="cuda") for _ in range(2))
+    size = 4 * one.numel()
+    return {"copy": 2 * size / seconds([lambda: other.copy_(one)]), "read": size / seconds([lambda: one.sum()])}
+
+
+def repeated(kernel: Triton, times: int) -> Triton:
+    """A kernel of so many times as many rows, elsewhere in memory."""
+    other = object.__new__(type(kernel))
+    torch.nn.Module.__init__(other)
+    other.layout = replace(kernel.layout, out_features=times * kernel.layout.out_features)
+    other.dtype, other.device, other.group, other.step = kernel.dtype, kernel.device, kernel.group, kernel.step
+    other.hold("low_rank_down", None)
+    other.hold("low_rank_up", None)
+    for name in PARTS:
+        held = kernel._buffers[name]
+        tiles = 1 if name in ("scale", "offset") else 0
+        other.hold(name, None if held is None else torch.cat([held] * times, tiles))
+    return other
+
+
+def dense_calls(out: int, width: int) -> Iterator[tuple[str, torch.dtype, list[Callable[[Tensor], Tensor]]]]:
+    """What torch has: name, dtype of x, and calls with copies of the weight."""
+    count = max(2, -(-CACHE // (2 * out * width)))
+    weights = [torch.randn(out, width, dtype=torch.float16, device="cuda") for _ in range(count)]
+    yield "cublas", torch.float16, [partial(linear, weight=weight) for weight in weights]
+    try:
+        half = torch.tensor([True, True, False, False], device="cuda").repeat(width // 4)
+        pruned = [torch.sparse.to_sparse_semi_structured(weight * half) for weight in weights]
+        yield "cusparselt", torch.float16, [partial(linear, weight=weight) for weight in pruned]
+    except (RuntimeError, NotImplementedError) as error:
+        print(f"cusparselt: {error}")
+    del weights
+    count = max(2, -(-CACHE // (out * width // 2)))
+    bytewise = [torch.randint(0, 256, (out, width // 2), device="cuda", dtype=torch.uint8) for _ in range(count)]
+    packed = [torch.ops.aten._convert_weight_to_int4pack(one, 8) for one in bytewise]
+    scales = torch.rand(width // 128, out, 2, device="cuda").bfloat16()
+    multiply = torch.ops.aten._weight_int4pack_mm
+    calls: list[Callable[[Tensor], Tensor]] = [
+        partial(multiply, mat2=one, qGroupSize=128, qScaleAndZeros=scales) for one in packed
+    ]
+    yield "tinygemm", torch.bfloat16, calls
+
+
+def times() -> Iterator[dict[str, Any]]:
+    """Microseconds by shape, kernel and rows; of ours also the bytes of W a second and the speed-up over cuBLAS."""
     for out, width in SHAPES:
-        made, weight = kernel_of(out, width, torch.float16, "cpu")
-        packed = sum(buffer.numel() * buffer.element_size() for buffer in made.buffers())
-        kernels = [kernel_of(out, width, torch.float16, "cuda")[0] for _ in range(-(-CACHE // packed))]
-        dense = [weight.cuda() for _ in range(max(1, CACHE // (2 * out * width)))]
-        for rows in ROWS:
-            x = torch.randn(rows, width, dtype=torch.float16, device="cuda")
-            ours = seconds([lambda kernel=kernel: kernel(x) for kernel in kernels])
-            theirs = seconds([lambda one=one: torch.nn.functional.linear(x, one) for one in dense])
-            line = {"shape": [out, width], "rows": rows, "seconds": ours, "cublas_seconds": theirs}
-            found.append(line | {"speed_up": theirs / ours, "bytes_per_second": packed / ours})
-            print(json.dumps(found[-1]), flush=True)
-    return found
+        cublas: dict[int, float] = {}
+        for name, dtype, calls in dense_calls(out, width):
+            for rows in ROWS if name == "cublas" else (1, 16, 64, 256, 2048):
+                if name == "tinygemm" and rows > 256:
+                    continue  # it is slower than all others by far
+                x = torch.randn(rows, width, dtype=dtype, device="cuda")
+                took = seconds([partial(call, x) for call in calls])
+                cublas |= {rows: took} if name == "cublas" else {}
+                yield {"shape": [out, width], "kernel": name, "rows": rows, "microseconds": took * 1e6}
+        for kind in KERNELS:
+            made = kernel_of(kind, Case(out // 16, width), torch.float16, "cuda")[0]
+            size = 16 * sum(held.numel() * held.element_size() for held in made.buffers())
+            kernels = [repeated(made, 16) for _ in range(max(2, -(-CACHE // size)))]
+            for rows in ROWS:
+                x = torch.randn(rows, width, dtype=torch.float16, device="cuda")
+                took = seconds([partial(one, x) for one in kernels[: None if rows <= 64 else 4]])
+                line = {"shape": [out, width], "kernel": made.name, "rows": rows, "microseconds": took * 1e6}
+                yield line | {"over_cublas": cublas[rows] / took, "bytes_per_second": size / took}
 
 
 def main() -> None:
@@ -103,17 +230,23 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    here = torch.cuda.is_available()
-    if not here and os.environ.get("TRITON_INTERPRET") != "1":
-        raise SystemExit("torch finds no GPU; with TRITON_INTERPRET=1, --check runs in Triton's interpreter")
+    if not torch.cuda.is_available():
+        raise SystemExit("torch finds no GPU; python -m compress.kernels.aot compiles the kernels without one")
+    import triton
+
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    result |= {"torch": torch.__version__, "triton": triton.__version__}
     try:
-        result: dict[str, Any] = {"device": torch.cuda.get_device_name() if here else "interpreter"}
-        result["check"] = check("cuda" if here else "cpu")
-        print(f"{len(result['check'])} products agree with float64", flush=True)
-        if here and not arguments.check:
-            result["times"] = times()
+        result["check"] = check_all()
     except CompressError as error:
         raise SystemExit(f"error: {error}") from None
+    print(f"{len(result['check'])} products agree with float64", flush=True)
+    if not arguments.check:
+        result["bandwidth"] = bandwidth()
+        result["times"] = []
+        for line in times():
+            result["times"].append(line)
+            print(json.dumps(line), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

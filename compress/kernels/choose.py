@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from compress.kernels.cpu import Int4, Int8
-from compress.kernels.gpu import TritonInt4
+from compress.kernels.gpu import TritonInt4, TritonSparse24, TritonSparse24Int4
 from compress.kernels.reference import Decoded, Reference
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Kernels = Literal["auto", "decoded", "reference"]
 KERNELS: dict[str, tuple[type[Kernel], ...]] = {
-    "auto": (TritonInt4, Int8, Int4, Decoded),  # the fastest first
+    "auto": (TritonSparse24Int4, TritonSparse24, TritonInt4, Int8, Int4, Decoded),  # the fastest first
     "decoded": (Decoded,),
     "reference": (Reference,),
 }

@@ -1,4 +1,4 @@
-"""The Triton kernels as kernels of the runtime, and as operators that `torch.compile` knows.
+"""The Triton kernels as kernels of the runtime, and as an operator that `torch.compile` knows.
 
 Triton is imported when the first of them is used: it comes with torch's GPU builds, not with those for CPUs.
 """
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress.grid import Grid, GridSpec
-from compress.kernels.kernel import Kernel
-from compress.kernels.pack import unpack_grid
+from compress.kernels.fragments import Fragments, arrange_grid, arrange_up, arrange_values, refusal
+from compress.kernels.kernel import Kernel, ready
+from compress.kernels.pack import unpack_grid, unpack_positions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,32 +21,44 @@ if TYPE_CHECKING:
     from compress.kernels.pack import Layout
 
 DTYPES = (torch.float16, torch.bfloat16)
-WAVES = 4  # programs of a streaming multiprocessor that the columns are split for
+PARTS = ("words", "positions", "scale", "offset")
 
 
-class TritonInt4(Kernel):
-    """2, 3 and 4 bits as codes of 4, the branch in the same launch."""
+class Triton(Kernel):
+    """A packed weight in the order of the tensor cores' fragments, its branch in the same launch."""
 
-    name: ClassVar[str] = "triton-int4"
     runs_on: ClassVar[str | None] = "cuda"
+    sparse: ClassVar[bool]
+    does: ClassVar[str]
 
     def __init__(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Shuffle the codes into the order of fragments."""
-        from compress.kernels.int4 import shuffle
-
+        """Arrange the weight."""
         super().__init__(layout, parts, dtype)
-        made = shuffle(as_four_bits(unpack_grid(layout, parts)), dtype)
-        for name in ("words", "scale", "offset"):
-            self.hold(name, getattr(made, name).to(self.device))
-        self.group, self.tiles = made.group, made.tiles
-        if self.low_rank_up is not None and self.low_rank_down is not None:
+        made = self.arranged(layout, parts, dtype)
+        for name in PARTS:
+            self.hold(name, getattr(made, name))
+        self.group, self.step = made.group, made.step
+        up, down = self.low_rank_up, self.low_rank_down
+        if up is not None and down is not None:
             fill = -layout.rank % 16
-            self.hold("low_rank_up", nn.functional.pad(self.low_rank_up, (0, fill)).contiguous())
-            self.hold("low_rank_down", nn.functional.pad(self.low_rank_down, (0, 0, 0, fill)).contiguous())
+            self.hold("low_rank_up", arrange_up(nn.functional.pad(up, (0, fill))))
+            self.hold("low_rank_down", nn.functional.pad(down, (0, 0, 0, fill)))
+
+    @classmethod
+    def arranged(cls, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Fragments:
+        """The weight, as the kernels read it."""
+        stored = unpack_positions(parts["positions"], layout.in_features) if cls.sparse else None
+        if layout.grid is not None:
+            return arrange_grid(unpack_grid(layout, parts), dtype, stored)
+        values = parts["values"].to(dtype)
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"a value is not finite in {str(dtype).removeprefix('torch.')}")
+        assert stored is not None
+        return arrange_values(values, stored)
 
     @classmethod
     def refusal(cls, layout: Layout, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What the kernel needs of device, dtype and grid."""
+        """What it needs of device, dtype and layout."""
         if not torch.cuda.is_available():
             return "torch finds no GPU"
         if find_spec("triton") is None:
@@ -58,68 +70,98 @@ class TritonInt4(Kernel):
     @classmethod
     def unfit(cls, layout: Layout, dtype: torch.dtype) -> str | None:
         """What it cannot multiply, whatever the device."""
-        if layout.grid is None or layout.grid.kind != "int" or layout.grid.bits > 4:
-            return "there are no integer codes of at most 4 bits"
         if dtype not in DTYPES:
             return f"computes in float16 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
-        width = layout.grid.group_size
-        return f"32 does not divide groups of {width} columns" if width != -1 and width % 32 else None
+        if cls.sparse and not layout.sparse:
+            return "is not 2:4"
+        return refusal(layout.grid, layout.in_features, sparse=cls.sparse)
 
     @classmethod
     def says(cls, layout: Layout, dtype: torch.dtype) -> str:
         """What it does."""
-        return f"codes of 4 bits from memory to registers, {str(dtype).removeprefix('torch.')}, sums in float32"
+        name = str(dtype).removeprefix("torch.")
+        return f"{cls.does}, {name}; for many rows decoded in each product, and cuBLAS"
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, in) → (rows, out), in the dtype of x."""
         rows = x.to(self.dtype).contiguous()
         up, down = self.low_rank_up, self.low_rank_down
         dx = None if down is None else nn.functional.linear(rows, down)
-        words, scale, offset = (self.get_buffer(name) for name in ("words", "scale", "offset"))
-        y: Tensor = int4_matmul(rows, words, scale, offset, up, dx, self.group, self.tiles, self.layout.out_features)
+        held = [self._buffers[name] for name in PARTS]
+        y: Tensor = packed_matmul(rows, *held, up, dx, self.group, self.step, self.layout.out_features)
         return y.to(x.dtype)
 
 
-def as_four_bits(grid: Grid) -> Grid:
-    """The same weights on a grid of 4 bits: fewer bits around any zero-point become code − zero + 8, exactly."""
-    if grid.spec.bits == 4:
-        return grid
-    spec = GridSpec(4, grid.spec.group_size, scale_dtype=grid.spec.scale_dtype)
-    codes = (grid.codes.int() - grid.spread(grid.zero).int() + 8).to(torch.uint8)
-    return Grid(spec, grid.scale, torch.full_like(grid.zero, 8), codes)
+class TritonInt4(Triton):
+    """2, 3 and 4 bits as codes of 4."""
+
+    name: ClassVar[str] = "triton-int4"
+    sparse: ClassVar[bool] = False
+    does: ClassVar[str] = "codes of 4 bits"
 
 
-@torch.library.custom_op("compress::int4_matmul", mutates_args=())
-def int4_matmul(
+class TritonSparse24(Triton):
+    """2:4, with or without codes, by the tensor cores' instruction for it."""
+
+    name: ClassVar[str] = "triton-sparse24"
+    sparse: ClassVar[bool] = True
+    does: ClassVar[str] = "values of 2:4"
+
+    @classmethod
+    def unfit(cls, layout: Layout, dtype: torch.dtype) -> str | None:
+        """Besides: codes are another kernel's."""
+        return super().unfit(layout, dtype) or (None if layout.grid is None else "has codes")
+
+
+class TritonSparse24Int4(Triton):
+    """2:4 with codes of 2, 3 or 4 bits."""
+
+    name: ClassVar[str] = "triton-sparse24-int4"
+    sparse: ClassVar[bool] = True
+    does: ClassVar[str] = "codes of 4 bits of 2:4"
+
+    @classmethod
+    def unfit(cls, layout: Layout, dtype: torch.dtype) -> str | None:
+        """Besides: values are another kernel's."""
+        return super().unfit(layout, dtype) or ("has no codes" if layout.grid is None else None)
+
+
+@torch.library.custom_op("compress::packed_matmul", mutates_args=())
+def packed_matmul(
     x: Tensor,
     words: Tensor,
-    scale: Tensor,
-    offset: Tensor,
+    positions: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
     up: Tensor | None,
     dx: Tensor | None,
     group: int,
-    tiles: int,
+    step: int,
     out_features: int,
 ) -> Tensor:
-    """`compress.kernels.int4.matmul` on as many programs as the device has room for."""
-    from compress.kernels.int4 import Shuffled, matmul
+    """`compress.kernels.multiply.multiply` on the device of x."""
+    from compress.kernels.multiply import multiply
 
-    programs = WAVES * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    weight = Shuffled(words, scale, offset, group, tiles)
+    weight = Fragments(words, positions, scale, offset, group, step)
+    processors, hopper = 1, False
+    if x.is_cuda:
+        found = torch.cuda.get_device_properties(x.device)
+        processors, hopper = found.multi_processor_count, found.major == 9
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # which need not be the current one
-        return matmul(x, weight, out_features, up, dx, programs=programs)
+        return multiply(ready(x, x.dtype, 16), weight, out_features, up, dx, processors=processors, hopper=hopper)
 
 
-@int4_matmul.register_fake
+@packed_matmul.register_fake
 def _(
     x: Tensor,
     words: Tensor,
-    scale: Tensor,
-    offset: Tensor,
+    positions: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
     up: Tensor | None,
     dx: Tensor | None,
     group: int,
-    tiles: int,
+    step: int,
     out_features: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], out_features)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -20,9 +20,6 @@ from compress.report import load_report
 from tests.conftest import LETTERS, some_text, write_tokenizer
 from tests.test_cli import PLAN, command, refused
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 PAIRS = "minimal_pairs:pairs.jsonl"
 ROLLING = "rolling_perplexity:held-out.txt"
 GATED = f"""
@@ -35,13 +32,13 @@ perplexity_margin = 1e9
 
 
 @pytest.fixture
-def folder(folder: Path) -> Iterator[Path]:
+def folder(folder: Path) -> Path:
     """The working directory, with a model, a plan and samples for two tasks."""
     (folder / "plan.toml").write_text(PLAN)
     rows = [{"sentence_good": f"{a} {b} is", "sentence_bad": f"{a} {b} are"} for a, b in zip(LETTERS, LETTERS[9:])]  # noqa: B905
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "held-out.txt").write_text(some_text(400, seed=3))
-    yield folder
+    return folder
 
 
 def spoil(directory: Path, scale: float) -> None:
@@ -72,7 +69,9 @@ def test_a_fresh_run_of_the_same_model_passes(folder: Path, capsys: pytest.Captu
     assert ElementTree.parse(folder / "model" / "gate.xml").getroot().find("testsuite[@failures='0']") is not None
 
 
-def test_a_spoilt_model_fails(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spoilt_model_fails(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     command(capsys, "baseline", "model", "--tasks", ROLLING, "--out", "base.json")
     spoil(folder / "model", 0.1)
     monkeypatch.setenv("GITHUB_ACTIONS", "true")

@@ -252,7 +252,7 @@ def test_holm_over_tasks() -> None:
     assert gate(outcomes(t=worse[0]), outcomes(t=worse[1])).verdict == "fail"
     tasks = {"t": worse} | {f"s{number}": same for number in range(3)}
     both = [outcomes(**{name: pair[side] for name, pair in tasks.items()}) for side in (0, 1)]
-    found = [one for one in gate(*both).comparisons if one.task == "t" and one.metric == "acc"][0]
+    found = next(one for one in gate(*both).comparisons if one.task == "t" and one.metric == "acc")
     assert found.p == pytest.approx(1 / 64)
     assert found.p_holm == pytest.approx(4 / 64)
     assert found.verdict == "inconclusive"
@@ -279,7 +279,7 @@ def test_a_metric_that_no_task_has() -> None:
 )
 def test_a_baseline_of_other_conditions_is_refused(change: dict[str, object], says: str) -> None:
     same = outcomes(t=rights(True))
-    with pytest.raises(PlanError, match="^") as caught:
+    with pytest.raises(PlanError, match=r"^") as caught:
         gate(same.model_copy(update=change).with_samples(same.samples), same)
     assert says in str(caught.value)
     assert "baseline.json: " in str(caught.value)
@@ -345,7 +345,7 @@ def test_stored_outcomes_come_back(tmp_path: Path) -> None:
 def test_a_baseline_that_cannot_be_read(spoil: object, says: str, tmp_path: Path) -> None:
     outcomes(t=rights(True)).save(tmp_path / "b.json")
     spoil(tmp_path)  # type: ignore[operator]
-    with pytest.raises(PlanError, match="^") as caught:
+    with pytest.raises(PlanError, match=r"^") as caught:
         Outcomes.load(tmp_path / "b.json")
     assert says in str(caught.value)
     assert "fix: give a file that compress baseline wrote" in str(caught.value)

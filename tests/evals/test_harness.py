@@ -157,7 +157,13 @@ def stock_row(form: str, row: dict[str, Any]) -> dict[str, Any]:
         return {"goal": row["query"].removeprefix("Question: "), "sol1": first, "sol2": second, "label": row["gold"]}
     if form == "endings":
         label, context = row["ctx"].split(": ")
-        return {"activity_label": label, "ctx_a": context, "ctx_b": "", "endings": row["endings"], "label": row["label"]}
+        return {
+            "activity_label": label,
+            "ctx_a": context,
+            "ctx_b": "",
+            "endings": row["endings"],
+            "label": row["label"],
+        }
     return row
 
 
@@ -335,7 +341,7 @@ def test_tasks_that_cannot_be(task: str, says: str, fix: str, home: Path, tmp_pa
     write_rows(folder / "range.jsonl", [CHOICES[0] | {"gold": 7}])
     write_rows(folder / "texts.jsonl", [CHOICES[0] | {"choices": "abc"}])
     write_rows(folder / "long.jsonl", [{"context": "a", "continuation": "b" * 300}])
-    with pytest.raises(PlanError, match="^") as caught:
+    with pytest.raises(PlanError, match=r"^") as caught:
         run(folder / "model", task, folder=folder)
     assert says in str(caught.value)
     assert fix in str(caught.value.fix)

@@ -107,7 +107,16 @@ def test_the_page_shows_the_numbers_given(tmp_path: Path) -> None:
     report = report_of(task(), gate=gated())
     html, parsed = page(report, tmp_path)
     assert parsed.links == []
-    for shown in ("0.731", "0.702 to 0.758", "0.742", "31", "20", "51", "2 of 1,000 answers are ties", "the first 1,000"):
+    for shown in (
+        "0.731",
+        "0.702 to 0.758",
+        "0.742",
+        "31",
+        "20",
+        "51",
+        "2 of 1,000 answers are ties",
+        "the first 1,000",
+    ):
         assert shown in parsed.text
     for shown in ("Inconclusive, against base.json.", "1.10 %", "-0.10 % to 2.31 %", "2.00 %", "0.08", "2,345 samples"):
         assert shown in parsed.text
@@ -132,7 +141,10 @@ def test_every_mark_lies_inside_its_chart(tmp_path: Path) -> None:
                     assert 0 <= float(str(value)) <= self.height
 
     extreme = [compared(loss=x, low=x - 0.3, high=x + 0.3) for x in (-0.9, 0.0, 0.9)]
-    extreme += [compared(margin=None, verdict=None), compared(loss=None, low=None, high=None, value=None, verdict="fail")]
+    extreme += [
+        compared(margin=None, verdict=None),
+        compared(loss=None, low=None, high=None, value=None, verdict="fail"),
+    ]
     tasks = (task(positions=positions(1, 2)), task("other", positions=positions(40, 48)), task("none", positions=()))
     tasks = (*tasks, task("bare", dense=None, divergence=None, flips=None, positions=()))
     html, _ = page(report_of(*tasks[:2], tasks[3], gate=gated(*extreme)), tmp_path)
@@ -163,7 +175,13 @@ def test_the_terminal(width: int) -> None:
     print_tasks((task(), task(long)), {"blimp": {"acc": 0.5}}, console)
     print_gate(gated(compared(), compared(task=long)), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for shown in ("0.731", "group blimp", "2 of 1,000 answers are ties", "gate: inconclusive", "2,345 samples would do"):
+    for shown in (
+        "0.731",
+        "group blimp",
+        "2 of 1,000 answers are ties",
+        "gate: inconclusive",
+        "2,345 samples would do",
+    ):
         assert " ".join(shown.split()) in " ".join(text.split())
     table = [line for line in text.splitlines() if "0.0231" in line or "2.31 %" in line]
     assert all(len(line) <= width for line in table)

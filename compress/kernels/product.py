@@ -1,0 +1,357 @@
+"""y = x Wᵀ + dx upᵀ in Triton for packed W: codes of 4 bits, 2:4, or both; x and y in float16 or bfloat16.
+
+W is the first operand of the tensor cores' instruction and x the second, so a few rows of x are a whole operand, and W
+goes from memory into registers as it is multiplied: `compress.kernels.fragments` laid it out for that. Codes become
+numbers in registers, exactly; their scale is applied to the float32 sums of a group, or, with many rows of x, to the
+numbers, which are then rounded to what the grid's `dequantize` gives. 2:4 is multiplied by the instruction for it.
+
+    y_mn = Σ_g s_ng Σ_k (c_nk − z_ng) x_mk  + Σ_r up_nr dx_mr
+
+A program works on 16 · tiles rows of W a warp. Its warps are `across` rows times `along` columns; those along columns
+take every `along`-th step, and their sums are added in one fixed order: the same input gives the same bits.
+"""
+
+# ruff: noqa: RET505, RUF005 (Triton compiles what is not returned from, and adds tuples)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from compress.kernels.instructions import decode, mma, mma_sparse, times, twice
+
+INTEGERS = ["M", "N", "tiles", "steps", "rank"]
+
+
+@triton.jit
+def _four(v):
+    """(threads, 4) → four of (threads,)"""
+    even, odd = tl.split(tl.reshape(v, (v.shape[0], 2, 2)))
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def _floats(pair, BF16: tl.constexpr):
+    if BF16:
+        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        high = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, THREADS: tl.constexpr):
+    found = ()
+    for _ in tl.static_range(COUNT):
+        found = found + (tl.zeros((THREADS,), tl.float32),)
+    return found
+
+
+@triton.jit
+def _same(VALUE0: tl.constexpr, VALUE1: tl.constexpr, THREADS: tl.constexpr):
+    return tl.full((THREADS,), VALUE0, tl.int32), tl.full((THREADS,), VALUE1, tl.int32)
+
+
+@triton.jit
+def _scaled(total, part, f0, f1, AT: tl.constexpr):
+    return (
+        total[AT] + part[AT] * f0,
+        total[AT + 1] + part[AT + 1] * f0,
+        total[AT + 2] + part[AT + 2] * f1,
+        total[AT + 3] + part[AT + 3] * f1,
+    )
+
+
+@triton.jit
+def _mma(a, b0, b1, c, BF16: tl.constexpr):
+    return mma(a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3], BF16)
+
+
+@triton.jit
+def _mma_sparse(a, b, c, positions, ODD: tl.constexpr, BF16: tl.constexpr):
+    return mma_sparse(
+        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], positions, ODD, BF16
+    )  # fmt: skip
+
+
+@triton.jit
+def _times(a, s0, s1, BF16: tl.constexpr):
+    return times(a[0], s0, BF16), times(a[1], s1, BF16), times(a[2], s0, BF16), times(a[3], s1, BF16)
+
+
+@triton.jit
+def _read(words, positions, scale, offset, tile, tiles, steps, step, lane,
+          CODES: tl.constexpr, SPARSE: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+          T: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """What a lane needs of W in a step, of each of its tiles: words, positions, pairs of scales, pairs of offsets."""
+    four = tl.arange(0, 4)[None, :]
+    two = tl.arange(0, 2)[None, :]
+    within = step if EVEN else tl.minimum(step, steps - 1)
+    each: tl.constexpr = (STEP // 128 if CODES else STEP // 32) if SPARSE else STEP // 64
+    found = ()
+    for i in tl.static_range(T):
+        at = (tile + i) * steps + within
+        for c in tl.static_range(each):
+            place = (words + (at * each + c) * 128 + lane * 4)[:, None] + four
+            if EVEN or CODES:
+                found = found + _four(tl.load(place, cache_modifier=".cg"))
+            else:
+                found = found + _four(tl.load(place, mask=(step < steps)[:, None], other=0, cache_modifier=".cg"))
+        if SPARSE:
+            for c in tl.static_range(STEP // 128):
+                place = (positions + (at * (STEP // 128) + c) * 64 + lane * 2)[:, None] + two
+                found = found + tl.split(tl.load(place, cache_modifier=".cg"))
+        if CODES:
+            for q in tl.static_range(STEP // GROUP):
+                place = ((within * (STEP // GROUP) + q) * tiles + tile + i) * 8 + lane // 4
+                if EVEN:
+                    found = found + (tl.load(scale + place),)
+                else:
+                    found = found + (tl.load(scale + place, mask=step < steps, other=0),)
+                if ZEROS:
+                    found = found + (tl.load(offset + place),)
+    return found
+
+
+@triton.jit
+def _read_x(x, block, M, steps, step, b, lane, SPARSE: tl.constexpr, STEP: tl.constexpr, ARRANGED: tl.constexpr,
+            NT: tl.constexpr):  # fmt: skip
+    """What a lane needs of x for 32 columns: four pairs of each eight rows."""
+    four = tl.arange(0, 4)[None, :]
+    column = tl.minimum(step, steps - 1) * (STEP // 32) + b
+    found = ()
+    for j in tl.static_range(NT):
+        if ARRANGED:
+            place = ((block + j) * (steps * (STEP // 32)) + column) * 128 + lane * 4
+            found = found + _four(tl.load((x + place)[:, None] + four))
+        else:
+            place = tl.minimum(8 * (block + j) + lane // 4, M - 1) * (steps * (STEP // 2)) + column * 16
+            if SPARSE:
+                for r in tl.static_range(4):
+                    found = found + (tl.load(x + place + lane % 4 + 4 * r),)
+            else:
+                found = found + _four(tl.load((x + place + 4 * (lane % 4))[:, None] + four))
+    return found
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def product_kernel(
+    x,  # (M, steps · STEP) halves; or arranged
+    words,
+    positions,
+    scale,
+    offset,
+    up,
+    dx,  # (M, 16 rank) halves
+    y,  # (M, N) halves
+    M,
+    N,
+    tiles,
+    steps,
+    rank,  # sixteenths of it
+    CODES: tl.constexpr,
+    SPARSE: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    BF16: tl.constexpr,
+    ZEROS: tl.constexpr,  # whether there are offsets
+    MIDDLE0: tl.constexpr,  # the offsets where there are none
+    MIDDLE1: tl.constexpr,
+    RANK: tl.constexpr,  # whether there is a branch
+    ARRANGED: tl.constexpr,  # whether x is
+    EVEN: tl.constexpr,  # whether ALONG divides the steps
+    NT: tl.constexpr,  # eights of rows of x
+    T: tl.constexpr,  # tiles of a warp
+    ACROSS: tl.constexpr,
+    ALONG: tl.constexpr,
+    SCALED: tl.constexpr,  # whether scales are applied to the numbers
+    AHEAD: tl.constexpr,  # whether a step is read while the one before is multiplied
+):
+    """16 · T · ACROSS rows of W by 8 · NT rows of x."""
+    THREADS: tl.constexpr = 32 * ACROSS * ALONG
+    thread = tl.arange(0, THREADS)
+    lane, warp = thread % 32, thread // 32
+    g, t = lane // 4, lane % 4
+    across, along = warp % ACROSS, warp // ACROSS
+    tile = tl.minimum((tl.program_id(0) * ACROSS + across) * T, tiles - T)
+    block = tl.program_id(1) * NT
+    pairs_of_x = x.to(tl.pointer_type(tl.int32))
+    four = tl.arange(0, 4)[None, :]
+    words_of_tile: tl.constexpr = (STEP // 32 if CODES else STEP // 8) if SPARSE else STEP // 16
+    positions_of_tile: tl.constexpr = STEP // 64 if SPARSE else 0
+    scales_at: tl.constexpr = words_of_tile + positions_of_tile
+    a_group: tl.constexpr = 2 if ZEROS else 1
+    each: tl.constexpr = scales_at + (STEP // GROUP * a_group if CODES else 0)
+    total = _zeros(4 * T * NT, THREADS)
+    if ARRANGED:
+        coming_x = _read_x(pairs_of_x, block, M, steps, along, 0, lane, SPARSE, STEP, ARRANGED, NT)
+    if AHEAD:
+        coming = _read(words, positions, scale, offset, tile, tiles, steps, along, lane,
+                       CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
+    for turn in tl.range(0, tl.cdiv(steps, ALONG)):
+        step = turn * ALONG + along
+        if AHEAD:
+            ahead = tl.minimum(step + ALONG, steps - 1) if EVEN else step + ALONG
+            here = coming
+            coming = _read(words, positions, scale, offset, tile, tiles, steps, ahead, lane,
+                           CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
+        else:
+            here = _read(words, positions, scale, offset, tile, tiles, steps, step, lane,
+                         CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
+        part = total
+        for b in tl.static_range(STEP // 32):
+            if CODES and (b * 32) % GROUP == 0:
+                offsets = ()
+                scales = ()
+                for i in tl.static_range(T):
+                    pair = here[each * i + scales_at + a_group * (b * 32 // GROUP)]
+                    if ZEROS:
+                        offsets = offsets + twice(here[each * i + scales_at + 2 * (b * 32 // GROUP) + 1])
+                    else:
+                        offsets = offsets + _same(MIDDLE0, MIDDLE1, THREADS)
+                    scales = scales + (twice(pair) if SCALED else _floats(pair, BF16))
+                if not SCALED:
+                    part = _zeros(4 * T * NT, THREADS)
+            if ARRANGED:
+                xs = coming_x
+                if b * 32 + 32 < STEP:
+                    coming_x = _read_x(pairs_of_x, block, M, steps, step, b + 1, lane, SPARSE, STEP, ARRANGED, NT)
+                else:
+                    coming_x = _read_x(pairs_of_x, block, M, steps, step + ALONG, 0, lane, SPARSE, STEP, ARRANGED, NT)
+            else:
+                xs = _read_x(pairs_of_x, block, M, steps, step, b, lane, SPARSE, STEP, ARRANGED, NT)
+            after = ()
+            for i in tl.static_range(T):
+                mine = part[4 * NT * i : 4 * NT * (i + 1)]
+                if SPARSE:
+                    if CODES:
+                        a = decode(here[each * i + b], offsets[2 * i], offsets[2 * i + 1], BF16)
+                        if SCALED:
+                            a = _times(a, scales[2 * i], scales[2 * i + 1], BF16)
+                    else:
+                        a = here[each * i + 4 * b : each * i + 4 * b + 4]
+                    where = here[each * i + words_of_tile + b // 2]
+                    for j in tl.static_range(NT):
+                        after = after + _mma_sparse(
+                            a, xs[4 * j : 4 * j + 4], mine[4 * j : 4 * j + 4], where, b % 2, BF16
+                        )
+                else:
+                    a = decode(here[each * i + 2 * b], offsets[2 * i], offsets[2 * i + 1], BF16)
+                    c = decode(here[each * i + 2 * b + 1], offsets[2 * i], offsets[2 * i + 1], BF16)
+                    if SCALED:
+                        a = _times(a, scales[2 * i], scales[2 * i + 1], BF16)
+                        c = _times(c, scales[2 * i], scales[2 * i + 1], BF16)
+                    for j in tl.static_range(NT):
+                        d = _mma(a, xs[4 * j], xs[4 * j + 1], mine[4 * j : 4 * j + 4], BF16)
+                        after = after + _mma(c, xs[4 * j + 2], xs[4 * j + 3], d, BF16)
+            part = after
+            if CODES and not SCALED and (b * 32 + 32) % GROUP == 0:
+                after = ()
+                for i in tl.static_range(T):
+                    for j in tl.static_range(NT):
+                        after = after + _scaled(total, part, scales[2 * i], scales[2 * i + 1], 4 * (NT * i + j))
+                total = after
+        if SCALED or not CODES:
+            total = part
+    if RANK:
+        two = tl.arange(0, 2)[None, :]
+        pairs_of_dx = dx.to(tl.pointer_type(tl.int32))
+        for turn in tl.range(0, tl.cdiv(rank, ALONG)):
+            column = turn * ALONG + along
+            there = column < rank
+            after = ()
+            for i in tl.static_range(T):
+                place = (up + ((tile + i) * rank + column) * 128 + lane * 4)[:, None] + four
+                a = _four(tl.load(place, mask=there[:, None], other=0))
+                for j in tl.static_range(NT):
+                    start = tl.minimum(8 * (block + j) + g, M - 1) * (rank * 8)
+                    place = (pairs_of_dx + start + column * 8 + 2 * t)[:, None] + two
+                    d = tl.split(tl.load(place, mask=there[:, None], other=0))
+                    o = total[4 * (NT * i + j) : 4 * (NT * i + j + 1)]
+                    after = after + _mma(a, d[0], d[1], o, BF16)
+            total = after
+    place = tl.arange(0, 32 * ACROSS)
+    first = tl.minimum((tl.program_id(0) * ACROSS + place // 32) * T, tiles - T) * 16 + place % 32 // 4
+    row = block * 8 + 2 * (place % 4)
+    for i in tl.static_range(T):
+        for j in tl.static_range(NT):
+            for r in tl.static_range(4):
+                sums = tl.sum(tl.reshape(total[4 * (NT * i + j) + r], (ALONG, 32 * ACROSS)), 0)
+                n = first + 16 * i + 8 * (r // 2)
+                m = row + 8 * j + r % 2
+                tl.store(y + m.to(tl.int64) * N + n, sums.to(y.dtype.element_ty), mask=(m < M) & (n < N))
+
+
+@triton.jit(do_not_specialize=["M", "columns", "blocks"])
+def arrange_kernel(x, made, M, columns, blocks, SPARSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows x (M, columns) of pairs → (eights of rows, blocks of 32 columns, 32 lanes, 4) pairs, filled up with 0."""
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, lane, r = number // 128, number // 4 % 32, number % 4
+    row, t = tl.program_id(1) * 8 + lane // 4, lane % 4
+    column = block * 16 + (4 * r + t if SPARSE else 4 * t + r)
+    pairs = x.to(tl.pointer_type(tl.int32)) + row.to(tl.int64) * columns + column
+    value = tl.load(pairs, mask=(row < M) & (column < columns), other=0)
+    place = tl.program_id(1).to(tl.int64) * (blocks * 128) + number
+    tl.store(made.to(tl.pointer_type(tl.int32)) + place, value, mask=block < blocks)
+
+
+@triton.jit(do_not_specialize=["columns", "blocks"])
+def order_kernel(x, made, columns, blocks, BLOCK: tl.constexpr):
+    """Rows x (M, columns) of pairs → (M, blocks of 32 columns), filled up with 0: in each the columns of fragments."""
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, word, half, t = number // 16, number // 8 % 2, number // 4 % 2, number % 4
+    column = block * 16 + 4 * t + 2 * word + half
+    row = tl.program_id(1).to(tl.int64)
+    value = tl.load(x.to(tl.pointer_type(tl.int32)) + row * columns + column, mask=column < columns, other=0)
+    tl.store(made.to(tl.pointer_type(tl.int32)) + row * (blocks * 16) + number, value, mask=block < blocks)
+
+
+@triton.jit(do_not_specialize=["tiles", "steps"])
+def weight_kernel(words, positions, scale, offset, w, tiles, steps,
+                  CODES: tl.constexpr, SPARSE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+                  BF16: tl.constexpr, ZEROS: tl.constexpr, MIDDLE0: tl.constexpr, MIDDLE1: tl.constexpr):  # fmt: skip
+    """The weight (16 tiles, STEP · steps) halves, a tile and a step a program."""
+    lane = tl.arange(0, 32)
+    g, t = lane // 4, lane % 4
+    tile, step = tl.program_id(1), tl.program_id(0)
+    here = _read(words, positions, scale, offset, tile, tiles, steps, step, lane,
+                 CODES, SPARSE, ZEROS, GROUP, STEP, 1, True)  # fmt: skip
+    words_of_tile: tl.constexpr = (STEP // 32 if CODES else STEP // 8) if SPARSE else STEP // 16
+    at: tl.constexpr = words_of_tile + (STEP // 64 if SPARSE else 0)
+    row = (tile * 16 + g).to(tl.int64) * (steps * STEP)
+    four = tl.arange(0, 4)[None, :]
+    for b in tl.static_range(STEP // 32):
+        if CODES and (b * 32) % GROUP == 0:
+            if ZEROS:
+                scales = twice(here[at + 2 * (b * 32 // GROUP)])
+                offsets = twice(here[at + 2 * (b * 32 // GROUP) + 1])
+            else:
+                scales = twice(here[at + b * 32 // GROUP])
+                offsets = _same(MIDDLE0, MIDDLE1, 32)
+        column = step * STEP + b * 32
+        if SPARSE:
+            if CODES:
+                a = _times(decode(here[b], offsets[0], offsets[1], BF16), scales[0], scales[1], BF16)
+            else:
+                a = here[4 * b : 4 * b + 4]
+            wide = w.to(tl.pointer_type(tl.int64))
+            for r in tl.static_range(4):
+                place = (
+                    ((tile * steps + step) * (STEP // 128) + b // 4) * 64
+                    + (4 * g + 2 * (b % 2) + r // 2) * 2
+                    + b // 2 % 2
+                )
+                two = (tl.load(positions + place) >> (16 * (r % 2) + 4 * t)) & 15
+                low, high = (a[r] & 0xFFFF).to(tl.int64), (a[r] >> 16 & 0xFFFF).to(tl.int64)
+                value = (low << (16 * (two & 3)).to(tl.int64)) | (high << (16 * (two >> 2)).to(tl.int64))
+                tl.store(wide + (row + 8 * (r % 2) * (steps * STEP) + column + 16 * (r // 2)) // 4 + t, value)
+        else:
+            a = _times(decode(here[2 * b], offsets[0], offsets[1], BF16), scales[0], scales[1], BF16)
+            c = _times(decode(here[2 * b + 1], offsets[0], offsets[1], BF16), scales[0], scales[1], BF16)
+            for r in tl.static_range(2):
+                value = tl.join(tl.join(a[r], c[r]), tl.join(a[2 + r], c[2 + r]))
+                place = (row + 8 * r * (steps * STEP) + column) // 2 + 4 * t
+                tl.store((w.to(tl.pointer_type(tl.int32)) + place)[:, None] + four, tl.reshape(value, (32, 4)))
