@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -167,6 +168,16 @@ def test_words_that_cannot_be(
     arguments: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert says in refused(capsys, *arguments)
+
+
+def test_without_lm_eval(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    Path("plan.toml").write_text(PLAN + GATED)
+    tasks = ("--tasks", PAIRS)
+    for arguments in (["check", "plan.toml"], ["eval", "model", *tasks], ["gate", "model", "--baseline", "b.json"]):
+        message = refused(capsys, *arguments)
+        assert "tasks need lm-eval, which is not installed" in message
+        assert "pip install 'llm-compress[eval]'" in message
 
 
 def test_a_model_of_nan_is_no_baseline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
