@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Pair = tuple[Sample, Sample]
 
 PERPLEXITIES = ("perplexity", "weighted_perplexity", "bits_per_byte")
+SAME = "the same as the baseline, bit for bit"
 LOGLIKELIHOOD = "loglikelihood"  # of the right answer of a multiple choice: ours, lm-eval has no such metric
 
 
@@ -270,7 +271,7 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Se
         answer_kl=_answer_kl(pairs) if kind == "accuracy" and finite else None,
         detects=None if detects is None else _outer(kind, detects),
         needed=_needed(kind, bounds, inner, settings) if bounds and inner is not None else None,
-        why="identical" if same else "",
+        why=SAME if same else "",
     )
 
 
@@ -330,8 +331,8 @@ def _judge(one: Comparison, settings: Gate) -> Comparison:
     assert one.p_holm is not None
     if one.loss is None:
         return one.model_copy(update={"verdict": "fail", "why": "log-likelihoods are not finite"})
-    if one.why == "identical":
-        return one.model_copy(update={"verdict": "pass", "why": "the same as the baseline, bit for bit"})
+    if one.why == SAME:
+        return one.model_copy(update={"verdict": "pass"})
     if one.high is not None and one.high < one.margin:
         return one.model_copy(update={"verdict": "pass", "why": "", "needed": None})
     if one.loss > one.margin and one.p_holm <= settings.alpha:
