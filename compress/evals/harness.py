@@ -114,8 +114,13 @@ def _one(spec: Spec, loaded: Any, runner: Runner, *, cache: bool, say: Callable[
                 say(f"  {spec.name}: from the cache")
             known = tuple(task.model_copy(update={"spec": spec.text}) for task in found.tasks)  # the path may be new
             return found.model_copy(update={"tasks": known})
-    with quiet():
-        results = runner.run(loaded)
+    try:
+        with quiet():
+            results = runner.run(loaded)
+    except PlanError as error:  # of a sample: the model does not know whose
+        raise PlanError(
+            error.problem, where=spec.text if error.where == "tasks" else error.where, fix=error.fix
+        ) from None
     names = {name: spec.name if spec.form else name for name in loaded["tasks"]}
     tasks, samples = [], {}
     for name, task in loaded["tasks"].items():

@@ -106,8 +106,15 @@ def test_the_numbers_are_those_of_lm_evals_own_command(home: Path, tmp_path: Pat
 )
 def test_on_real_models_too(model: str, form: str, file: str, assets: Path, tmp_path: Path) -> None:
     directory = assets / "models" / model
+    inputs = (directory, form, assets / file, tmp_path / "out", "--limit", "40")
+    if (model, Path(file).stem) == ("babyllama-tok105", "piqa"):  # its tokens are characters: answers are too long
+        with pytest.raises(PlanError, match="more than the model's context of 256"):
+            run(directory, f"{form}:{assets / file}", folder=tmp_path, limit=40)
+        with pytest.raises(AssertionError, match="continuation_enc"):
+            own_command(*inputs)
+        return
     found = run(directory, f"{form}:{assets / file}", folder=tmp_path, limit=40)
-    assert found.tasks[0].metrics == own_command(directory, form, assets / file, tmp_path / "out", "--limit", "40")
+    assert found.tasks[0].metrics == own_command(*inputs)
 
 
 def log_probability(directory: Path, context: str, continuation: str) -> float:
@@ -331,7 +338,7 @@ def test_a_model_does_not_differ_from_itself(home: Path) -> None:
         ("multiple_choice:range.jsonl", '"gold" is 7', "from 0, of the right one among 3 choices"),
         ("multiple_choice:texts.jsonl", '"choices" must be a list of texts', "answers to choose from"),
         ("last_word:broken.jsonl", "not JSON", "one JSON object per line"),
-        ("last_word:long.jsonl", "an answer has", "leave this sample out"),
+        ("last_word:long.jsonl", "last_word:long.jsonl: an answer has", "leave this sample out"),
     ],
 )
 def test_tasks_that_cannot_be(task: str, says: str, fix: str, home: Path, tmp_path: Path) -> None:
