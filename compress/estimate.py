@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from compress.lock import Linear, Lock
 
 LATER_IMPORTS = 80 << 20  # tokenizer, report and data libraries that are imported after the estimate is made
+HARNESS_IMPORTS = 180 << 20  # lm-eval, scipy.stats and what they import
 HEAD_BYTES = 16 << 20  # logits held at once while scoring; see compress.evals.perplexity
 
 
@@ -142,7 +143,20 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
         scoring = models * head + 12 * HEAD_BYTES  # logits, log p, p and products of both
         hidden = models * (_evaluation_tokens(lock) if keep else 0) * 4 * skeleton.width
         phases["evaluation"] = base + models * light + hidden + max(embedding, block + forward, scoring)
+    if lock.ends and (lock.plan.gate or (lock.plan.evaluate and lock.plan.evaluate.tasks)):
+        phases["tasks"] = base + _tasks(lock, sum(sizes.values()))
     return phases
+
+
+def _tasks(lock: Lock, size: int) -> int:
+    """Bytes of whole models as lm-eval runs them: one while it is loaded, or two, and the logits of a batch."""
+    settings = lock.plan.evaluate
+    context = min(getattr(lock.config, "max_position_embeddings", None) or 2048, 2048)
+    tokens = (settings.batch_size if settings else 16) * context
+    vocabulary: int = lock.skeleton.model.get_input_embeddings().num_embeddings
+    widest: int = max(max(linear.in_features, linear.out_features) for linear in lock.linears)
+    # Logits in the model's dtype, in float32, and their log-softmax.
+    return HARNESS_IMPORTS + 3 * size + 4 * tokens * (3 * vocabulary + 4 * lock.skeleton.width + 3 * widest)
 
 
 def _training(lock: Lock, parameters: int) -> int:

@@ -19,7 +19,9 @@ from compress.calibration.plan_source import source_digest
 from compress.card import write_card
 from compress.checkpoint import INDEX, MASKS, read_json
 from compress.errors import CompressError, OutputError
+from compress.evals.commands import write_gate
 from compress.evals.perplexity import evaluate
+from compress.evals.planned import Measured, measure
 from compress.hub import config_digest
 from compress.memory import peak_memory
 from compress.report import (
@@ -38,6 +40,7 @@ from compress.report import (
 )
 from compress.state import unpack_bits
 from compress.structure import CutTensors
+from compress.track import track
 
 if TYPE_CHECKING:
     from compress.distributed import World
@@ -133,6 +136,7 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors | Cut
         nonzero = parameters = sum(math.prod(slot.shape) for slot in slots)
     added = sum(linear.rank * (linear.out_features + linear.in_features) for linear in lock.linears)
     evaluation = _evaluate(run)
+    measured = _measure(run)
     run.progress.end_phase()
     plan, settings = lock.plan, lock.plan.calibration
     model = ModelInfo(
@@ -169,6 +173,9 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors | Cut
         linears=(*(before.linears if before else ()), *ledger),
         blocks=(*(before.blocks if before else ()), *blocks),
         evaluation=evaluation,
+        tasks=measured.lines,
+        tasks_info=measured.info,
+        gate=measured.gate,
         phases=phases,
         peak_memory_bytes=max(peak_memory(run.mode.device), before.peak_memory_bytes if before else 0),
         estimated_memory_bytes=max(run.mode.peak, before.estimated_memory_bytes if before else 0),
@@ -194,6 +201,8 @@ def environment(device: torch.device) -> Environment:
 def publish_report(run: Execution, report: Report) -> None:
     """Write report and model card into the staged directory."""
     write_report(report, run.work.staging)
+    if report.gate:
+        write_gate(report.gate, run.work.staging)
     model = run.lock.plan.model
     local = run.lock.plan.resolve(model.path).is_dir()  # only its name is the reader's business
     write_card(
@@ -202,6 +211,17 @@ def publish_report(run: Execution, report: Report) -> None:
         f"./{Path(model.path).name}" if local else model.path,
         _license(run.lock.root.directory),
     )
+
+
+def tell_tracker(run: Execution, report: Report) -> None:
+    """Send the report of a published output to the plan's tracker."""
+    plan = run.lock.plan
+    if not plan.track or not run.lock.ends:
+        return
+    try:
+        track(report, plan.track, plan.folder)
+    except Exception as error:  # a tracker raises what it likes, and the output is there
+        run.progress.say(f"warning: {plan.track.to} did not take the results: {error}", style="yellow")
 
 
 def _license(directory: Path) -> str | None:
@@ -277,3 +297,13 @@ def _evaluate(run: Execution) -> tuple[EvaluationLine, ...]:
         keep=run.mode.keep,
         trust_remote_code=plan.model.trust_remote_code,
     )
+
+
+def _measure(run: Execution) -> Measured:
+    """Evaluate the plan's tasks on the staged directory and on the dense model, and hold the gate."""
+    plan = run.lock.plan
+    if not run.lock.ends or (not plan.gate and not (plan.evaluate and plan.evaluate.tasks)):
+        return Measured()
+    run.progress.phase("tasks", "tasks")
+    name, say = run.work.output.name, run.progress.say
+    return measure(plan, run.work.staging, run.lock.root.directory, name=name, device=run.mode.device, say=say)

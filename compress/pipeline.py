@@ -35,6 +35,7 @@ from compress.outcome import (
     identity,
     plan_digest,
     publish_report,
+    tell_tracker,
 )
 from compress.passes.eora import EoRA, spend
 from compress.progress import Progress
@@ -258,6 +259,7 @@ class Execution:
         report = assemble(self, VerifiedInfo(tensors=count, bytes=size), tensors)
         publish_report(self, report)
         self.work.publish()
+        tell_tracker(self, report)
         self.progress.phases["total"] = time.perf_counter() - began
         return report
 

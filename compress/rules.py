@@ -15,9 +15,11 @@ from compress.calibration.plan_source import SELF, located
 from compress.calibration.sources import is_file
 from compress.checkpoint import DTYPES
 from compress.errors import PlanError, nearest
+from compress.evals.planned import check_tasks
 from compress.export.formats import Format, known_formats
 from compress.passes.base import BlockPass, Invariant, LinearPass, SettingError, matches
 from compress.passes.structured import Structured
+from compress.track import check_track
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -218,3 +220,5 @@ def check_texts(plan: Plan) -> None:
                 where=plan.source.where(location),
                 fix="correct the path; it is relative to the plan file",
             )
+    check_tasks(plan)
+    check_track(plan)
