@@ -260,7 +260,8 @@ class Execution:
         publish_report(self, report)
         self.work.publish()
         tell_tracker(self, report)
-        self.progress.phases["total"] = time.perf_counter() - began
+        if self.lock.ends:
+            self.progress.phases["total"] = time.perf_counter() - began
         return report
 
     def take_part(self, number: int) -> None:
