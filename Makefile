@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench slow clean
+.PHONY: demo gate test lint bench slow clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
+
+# Is what the demo wrote as good as the baselines that are committed?
+gate: $(VENV)/installed
+	$(BIN)/python -m pytest examples/ci
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2
@@ -27,7 +31,7 @@ bench: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,readers]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,eval,readers,track]'
 # GPTQModel asks for torchao and works without; transformers imports it wherever it is, and it prints errors on a CPU.
 	$(BIN)/pip uninstall --quiet --yes torchao
 	touch $@

@@ -13,6 +13,7 @@ The Python API is the plan's own objects::
     )
     report = compress.run(plan)
     model = compress.load("out/reference")  # a transformers model
+    assert compress.gate("out/reference", "baseline.json", compress.Gate(margin=0.01)).passed
 
 It also tells transformers of the packed format: see `compress.registration`.
 """
@@ -28,16 +29,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from compress.checking import check_plan as check
     from compress.errors import CompressError, ModelError, OutputError, PlanError, RunError
+    from compress.evals.commands import run_gate as gate
     from compress.pipeline import run
-    from compress.plan import Calibration, Evaluate, Export, Model, Plan, Run, load_plan
+    from compress.plan import Calibration, Evaluate, Export, Gate, Model, Plan, Run, Track, load_plan
     from compress.report import Report, load_report
     from compress.runtime import load
 
-_HOME = {"check": ("compress.checking", "check_plan"), "run": ("compress.pipeline", "run")} | {
+_HOME = {
+    "check": ("compress.checking", "check_plan"),
+    "gate": ("compress.evals.commands", "run_gate"),
+    "run": ("compress.pipeline", "run"),
+} | {
     name: (module, name)
     for module, names in {
         "compress.errors": ("CompressError", "ModelError", "OutputError", "PlanError", "RunError"),
-        "compress.plan": ("Calibration", "Evaluate", "Export", "Model", "Plan", "Run", "load_plan"),
+        "compress.plan": ("Calibration", "Evaluate", "Export", "Gate", "Model", "Plan", "Run", "Track", "load_plan"),
         "compress.report": ("Report", "load_report"),
         "compress.runtime": ("load",),
     }.items()
@@ -48,6 +54,7 @@ __all__ = [
     "CompressError",
     "Evaluate",
     "Export",
+    "Gate",
     "Model",
     "ModelError",
     "OutputError",
@@ -56,7 +63,9 @@ __all__ = [
     "Report",
     "Run",
     "RunError",
+    "Track",
     "check",
+    "gate",
     "load",
     "load_plan",
     "load_report",

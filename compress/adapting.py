@@ -3,6 +3,7 @@
 The forms and what becomes of them (METHODS 8; Zimmer et al. 2023, arXiv 2312.15230), M the mask, s = alpha / rank:
 
     lora         W x + s B (A x)      stays a branch beside the weight
+    lora-merge   W x + s B (A x)      merged as it stands: where there is neither mask nor grid
     lora-prune   (W + s B A) x        merged as W + s (B A ⊙ M): the function jumps where M is 0
     masklora     (W + s B A ⊙ M) x    merged as it stands
     scalelora    (W ⊙ B A) x          merged as it stands; at first B A = 1
@@ -23,7 +24,7 @@ from compress.state import LinearState, LowRank
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-Form = Literal["fixed", "lora", "lora-prune", "masklora", "scalelora", "weights", "scales"]
+Form = Literal["fixed", "lora", "lora-merge", "lora-prune", "masklora", "scalelora", "weights", "scales"]
 
 
 class AdaptedLinear(nn.Module):
@@ -63,7 +64,7 @@ class AdaptedLinear(nn.Module):
         self.weight = nn.Parameter(base, requires_grad=False)
         self.register_buffer("kept", state.mask, persistent=False)
         branch = state.low_rank
-        more = form == "lora" and (branch is None or extend)
+        more = form == "lora-merge" or (form == "lora" and (branch is None or extend))
         if branch is not None:  # at the factor 1, whatever alpha is
             trained = form == "lora" and not more
             self.factor = 1.0 if trained else self.factor
@@ -123,6 +124,10 @@ class AdaptedLinear(nn.Module):
             return (self.steps.view(rows, groups, -1) * scale.unsqueeze(-1)).flatten(1)
         return self.weight
 
+    def merged(self) -> Tensor:
+        """The weight (out, in) with what was learned."""
+        return self.weight + self.factor * (self.B @ self.A) if self.form == "lora-merge" else self.current()
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, (…, out)."""
         y = nn.functional.linear(x, self.current(), self.bias)
@@ -148,7 +153,7 @@ class AdaptedLinear(nn.Module):
             held = (scale > 0) & torch.isfinite(scale)  # of the smallest and largest, float16 holds no other
             state.quantize(replace(state.grid, scale=torch.where(held, scale, old)))
         elif self.form != "fixed":
-            weight = self.current().detach().to(place)
+            weight = self.merged().detach().to(place)
             state.weight = weight if state.mask is None else torch.where(state.mask, weight, 0.0)
         state.settle()
         return state

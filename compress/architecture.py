@@ -49,6 +49,8 @@ class Width(Settings):
     name: Literal["heads", "channels"]
     units: str  # the attribute of the configuration that counts the units
     unset: tuple[int, str] | None = None  # (factor, attribute): the count where `units` is None
+    also: tuple[str, ...] = ()  # attributes that count something in proportion to the units, such as query heads
+    unit_size: str | None = None  # attribute for the size of a head; None where that is hidden size / heads
     rows: dict[str, tuple[str | int, ...]]  # linear -> relative sizes of the segments concatenated in its output
     columns: tuple[str, ...]  # linears that read the units, evenly and in order
 
@@ -120,6 +122,9 @@ class Hidden(Settings):
     """The width of the residual stream, which every block reads and writes; `Architecture.hidden_dims` applies it."""
 
     size: str = "hidden_size"
+    also: tuple[str, ...] = ()  # attributes that may have the same value, and then are the same width
+    rms: bool = False  # norms divide by the root mean square, so that their scale depends on the width
+    scaled_embedding: bool = False  # the embedding is multiplied by the root of the width as it is read
     reads: tuple[str, ...]  # linears of a block whose columns are the stream
     writes: tuple[str, ...]  # linears of a block whose rows are
     vectors: tuple[str, ...]  # norms of a block, weight and bias of this size

@@ -49,6 +49,7 @@ class WholeModel:
         store: keeps a training's state in the journal.
         world: the processes that train together.
         changed: names of parameters outside linears' weights that the pass changed.
+        found: block → what structured pruning finds, by the keys of `compress.structure` within the block.
     """
 
     lock: Lock
@@ -59,6 +60,7 @@ class WholeModel:
     store: TrainingStore
     world: World
     changed: set[str] = field(default_factory=set)
+    found: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def adapt(
         self, form: Form, *, rank: int, alpha: float, seed: int, extend: bool = False
@@ -97,7 +99,7 @@ class WholeModel:
             of: another model of the same make, such as the dense one.
         """
         module, states = of or self.module, list[Tensor]()
-        blocks = self._blocks(module) if hidden else ()
+        blocks = self._blocks(module) if hidden else []
         hooks = [block.register_forward_hook(lambda _, __, output: states.append(output)) for block in blocks]
         try:
             output = module(input_ids=ids.to(self.device), use_cache=False)
@@ -105,6 +107,25 @@ class WholeModel:
             for hook in hooks:
                 hook.remove()
         return output.logits, tuple(states)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks."""
+        return self._blocks(self.module)
+
+    def stream(self, ids: Tensor) -> list[Tensor]:
+        """Of ids (rows, length), the residual stream (rows, length, hidden) before each block and after the last."""
+        seen: list[Tensor] = []
+
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        hook = self.blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            _, states = self.logits(ids, hidden=True)
+        finally:
+            hook.remove()
+        return [*seen, *states]
 
     def blame(self, ids: Tensor) -> str | None:
         """The first layer whose output is not finite for token ids (rows, length); None when all are."""
@@ -146,8 +167,8 @@ class WholeModel:
             self.world.scatter(block)
 
     def dense(self) -> nn.Module:
-        """The model as it came, a second one in memory."""
-        return build(self.lock, _building(self.world), {})
+        """The plan's model as it came, a second one in memory."""
+        return build(self.lock.root, _building(self.world), {})
 
 
 def _building(world: World) -> torch.device:
@@ -288,6 +309,7 @@ class Barrier:
             if name.startswith(prefix):
                 stored = self.lock.checkpoint.tensors[self.lock.skeleton.stored[name]].torch_dtype
                 artifact[f"{name}:parameter"] = value.to(stored).cpu()
+        artifact |= {prefix + key: value.cpu() for key, value in model.found.get(block, {}).items()}
         self._write("block", block, artifact, ledger, share * len(ledger))
 
     def _write(

@@ -10,12 +10,13 @@ import re
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from compress.report import comparison, described, figure, human_bytes, percent, replace_text
 
 if TYPE_CHECKING:
-    from compress.report import Divergence, Report
+    from compress.evals.results import Divergence
+    from compress.report import Report
 
 
 def write_card(report: Report, directory: Path | str, base_model: str, license: str | None) -> None:
@@ -44,6 +45,7 @@ def _metadata(report: Report, base_model: str, license: str | None) -> ModelCard
     kinds = ["pruning"] * pruned + ["quantization"] * quantized
     methods = [step.use for step in report.passes if step.use.isidentifier()]  # not my_package.my_pass:MyPass
     on_hub = _is_hub_id(base_model)
+    results = _eval_results(report)
     return ModelCardData(
         base_model=base_model if on_hub else None,
         base_model_relation="quantized" if on_hub and quantized else None,
@@ -51,7 +53,40 @@ def _metadata(report: Report, base_model: str, license: str | None) -> ModelCard
         license=license,
         pipeline_tag="text-generation" if report.model.architecture.endswith("ForCausalLM") else None,
         tags=list(dict.fromkeys(["compress", *kinds, *methods])),
+        model_name=_harmless(report.output.path) if results else None,
+        eval_results=results or None,
     )
+
+
+def _eval_results(report: Report) -> list[EvalResult]:
+    """The ``model-index``: perplexities and what the tasks found, as far as they are finite."""
+    found = [
+        ("text-generation", line.text, "perplexity", f"perplexity ({line.convention})", line.compressed.perplexity)
+        for line in report.evaluation
+    ]
+    found += [
+        (
+            "text-generation",
+            line.task,
+            one.metric,
+            f"{one.metric} (lm-eval, {line.num_fewshot}-shot)",
+            one.compressed.value,
+        )
+        for line in report.tasks
+        for one in line.metrics
+    ]
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=_harmless(dataset),
+            dataset_name=_harmless(dataset),
+            metric_type=_harmless(metric),
+            metric_name=_harmless(name),
+            metric_value=value,
+        )
+        for task, dataset, metric, name, value in found
+        if value is not None
+    ]
 
 
 def _body(report: Report, base_model: str) -> str:
@@ -89,7 +124,10 @@ def _method(report: Report) -> str:
 def _results(report: Report) -> str:
     rows = [_row(name.strip(), *cells) for name, *cells in comparison(report)]
     text = "## Results\n\n" + "\n".join(["| | before | after | change |", "|:--|--:|--:|--:|", *rows])
+    text += _tasks(report)
     if not report.evaluation:
+        if report.tasks:
+            return text
         return text + "\n\nThe quality of this model was not measured."
     conventions = "\n".join(f"- {_code(line.text)}: {line.convention}" for line in report.evaluation)
     text += f"\n\nScored from the files in this repository. How perplexity was taken:\n\n{conventions}"
@@ -98,6 +136,27 @@ def _results(report: Report) -> str:
         head = "| text | KL mean | median | p99 | p99.9 | max | same top token |\n|:--|--:|--:|--:|--:|--:|--:|"
         text += "\n\nDivergence from the dense model, KL(dense ‖ compressed) per token in nats:\n\n"
         text += "\n".join([head, *divergences])
+    return text
+
+
+def _tasks(report: Report) -> str:
+    """How tasks were taken, and what the gate said of them."""
+    text = ""
+    if report.tasks and report.tasks_info:
+        info = report.tasks_info
+        limit = f", the first {info.limit:,} samples of each at most" if info.limit else ""
+        text += (
+            f"\n\nTasks were evaluated with lm-eval {info.harness} from the files in this repository, "
+            f"{info.batch_size} requests a batch{limit}. 95 % intervals are in `report.html`."
+        )
+    if report.gate:
+        judged = [one for one in report.gate.comparisons if one.verdict]
+        passed = sum(one.verdict == "pass" for one in judged)
+        against = _code(_public(report.gate.baseline))
+        text += (
+            f"\n\nGate: **{report.gate.verdict}** against {against}, {passed} of {len(judged)} comparisons passed "
+            f"(level {report.gate.alpha}; `gate.json`)."
+        )
     return text
 
 
@@ -156,6 +215,11 @@ def _is_hub_id(name: str) -> bool:
 def _public(name: str) -> str:
     """The name without the directories of this machine: a hub id stays, a path keeps its last part."""
     return name if _is_hub_id(name) else PureWindowsPath(name).name or "local model"
+
+
+def _harmless(name: str) -> str:
+    """A name in the YAML header, which the hub shows as it is: without anything that could be markup."""
+    return re.sub(r"[^\w .:,/()+-]", "_", name)
 
 
 def _code(text: str) -> str:

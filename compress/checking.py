@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 def check_plan(plan: Plan) -> dict[str, Any]:
     """Compile the lock and estimate its cost. Raises PlanError for whatever would stop the run at its start."""
     lock = compile_plan(plan)
-    mode = choose_mode(lock)
+    stages, modes = lock.stages, [choose_mode(stage) for stage in lock.stages]
+    heaviest = max(modes, key=lambda mode: mode.peak)
     there = refuse_foreign(plan.resolve(plan.run.output))
     check_disk(lock)
     taken = (
@@ -32,35 +34,38 @@ def check_plan(plan: Plan) -> dict[str, Any]:
     )
     passes = []
     for index, one in enumerate(plan.passes):
-        linears = [(linear, dict(linear.passes)[index]) for linear in lock.linears if index in dict(linear.passes)]
+        stage = lock.stage_of(index)
+        linears = [(linear, dict(linear.passes)[index]) for linear in stage.linears if index in dict(linear.passes)]
         passes.append(
             {
                 "pass": index,
                 "use": one.use(),
-                "sweep": next(n for n, sweep in enumerate(lock.sweeps) if index in sweep),
+                "sweep": stage.sweep_of(index) + sum(len(before.sweeps) for before in stage.stages[:-1]),
                 "settings": one.settings(),
                 "linears": len(linears),
                 "weights": sum(linear.weights for linear, _ in linears),
                 "overridden": sum(resolved.settings() != one.settings() for _, resolved in linears),
+                "left": asdict(stage.left) if stage.left and index == stage.stage[-1] else None,
             }
         )
     return {
         "model": {
             "path": plan.model.path,
             "architecture": lock.config.model_type,
-            "blocks": lock.blocks,
-            "linears": len(lock.linears),
-            "bytes": sum(lock.checkpoint.sizes.values()),
+            "blocks": lock.root.blocks,
+            "linears": len(lock.root.linears),
+            "bytes": sum(lock.root.checkpoint.sizes.values()),
+            "sizes": asdict(lock.root.sizes),
         },
         "passes": passes,
         "output_bytes": lock.output_bytes,
         "output_bytes_exact": not lock.undecided,
         "files": [{"name": shard.file, "bytes": shard.bytes} for shard in lock.shards],
         "disk_bytes": disk_bytes(lock),
-        "memory": {"device": str(mode.device), "peak_bytes": mode.peak, "phases": mode.memory},
-        "activations": "memory" if mode.keep else "disk",
-        "pausing": mode.pause,
-        "seconds": seconds(lock, mode),
+        "memory": {"device": str(heaviest.device), "peak_bytes": heaviest.peak, "phases": heaviest.memory},
+        "activations": "memory" if heaviest.keep else "disk",
+        "pausing": heaviest.pause,
+        "seconds": sum(seconds(stage, mode) for stage, mode in zip(stages, modes, strict=True)),
         "warnings": [*lock.warnings, *taken],
         "lock": lock.to_json(),
     }
@@ -85,6 +90,10 @@ def print_check(found: dict[str, Any], console: Console) -> None:
         weights = f"{one['weights'] / 1e6:.2f} M"
         table.add_row(str(one["pass"]), one["use"], settings, str(one["linears"]), weights, str(one["sweep"] + 1))
     console.print(table)
+    for one in found["passes"]:
+        if one["left"]:
+            sizes = ", ".join(f"{name} {size}" for name, size in one["left"].items())
+            console.print(f"left by {one['use']:<11}{sizes}", highlight=False, markup=False)
     how = "exactly" if found["output_bytes_exact"] else "at most"
     where = "in memory" if found["activations"] == "memory" else "on disk"
     for name, value in (
@@ -123,18 +132,29 @@ def print_evaluation(lines: tuple[EvaluationLine, ...], console: Console) -> Non
 
 def explain(lock: Lock, name: str) -> dict[str, Any]:
     """Each setting of one layer, and the line of the plan that gave it. Raises PlanError for an unknown layer."""
-    names = [linear.name for linear in lock.linears]
+    found = {linear.name: (stage, linear) for stage in lock.stages for linear in stage.linears}  # the last that has it
+    names = list(found)
     if name not in names:
         fix = f"layers are named like {names[0]}"
         raise PlanError(f'no linear "{name}"{nearest(name, names)}', where=lock.plan.source.name, fix=fix)
-    linear = lock.linears[names.index(name)]
+    stage, linear = found[name]
     passes = []
     for index, one in enumerate(lock.plan.passes):
         line = lock.plan.source.line(("pass", index))
         entry: dict[str, Any] = {"pass": index, "use": one.use(), "line": line}
-        resolved = dict(linear.passes).get(index)
-        if resolved is None:
-            entry["skipped"] = "an except pattern matches" if matches(name, one.except_) else "no match pattern matches"
+        there = next((other for other in lock.stage_of(index).linears if other.name == name), None)
+        resolved = dict(there.passes).get(index) if there else None
+        if there is None:
+            entry["skipped"] = "the smaller model has no layer of this name"
+        elif resolved is None:
+            named = one.targets(name)
+            entry["skipped"] = (
+                "an except pattern matches"
+                if matches(name, one.except_)
+                else "it works on other linears of the block"
+                if named
+                else "no match pattern matches"
+            )
         else:
             given = resolved.settings().items()
             entry["settings"] = [_given(lock.plan, index, key, value, name) for key, value in given]
@@ -143,11 +163,11 @@ def explain(lock: Lock, name: str) -> dict[str, Any]:
         "name": linear.name,
         "tensor": linear.stored,
         "block": linear.block,
-        "inputs_shared_with": [other.name for other in lock.in_block(linear.block) if other.subset == linear.subset],
+        "inputs_shared_with": [other.name for other in stage.in_block(linear.block) if other.subset == linear.subset],
         "shape": [linear.out_features, linear.in_features],
         "dtype": linear.dtype,
         "format": lock.form.name,
-        "tensors": [slot.name for slot in lock.form.slots(linear)],
+        "tensors": [slot.name for slot in lock.form.slots(linear)] if stage is lock else [],
         "passes": passes,
     }
 

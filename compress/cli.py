@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from compress import __version__
-from compress.errors import CompressError, PlanError, RunError, nearest
+from compress.cli_measure import GateFailed, Json, baseline, evaluate, gate, out, print_json, print_line
+from compress.errors import CompressError, RunError, nearest
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -32,9 +33,7 @@ app = App(
     default_parameter=Parameter(negative=()),
     suppress_keyboard_interrupt=False,  # `main` says what becomes of the run
 )
-out = Console()
-COMMANDS = ("check", "explain", "eval", "report", "swap-scales", "schema")
-Json = Annotated[bool, Parameter(name="--json", help="print JSON")]
+COMMANDS = ("check", "explain", "eval", "baseline", "gate", "report", "swap-scales", "schema")
 
 
 @app.default
@@ -60,8 +59,14 @@ def run_plan(plan: Path, /, *, restart: bool = False, overwrite: bool = False) -
     if _follows():
         return
     print_summary(report, out)
-    _print_line(f"output {loaded.resolve(loaded.run.output)}")
-    _print_line(f"report {loaded.resolve(loaded.run.output) / 'report.html'}")
+    if report.gate:
+        from compress.evals.commands import print_gate
+
+        print_gate(report.gate, out)
+    print_line(f"output {loaded.resolve(loaded.run.output)}")
+    print_line(f"report {loaded.resolve(loaded.run.output) / 'report.html'}")
+    if report.gate and not report.gate.passed:
+        raise GateFailed
 
 
 @app.command
@@ -72,7 +77,7 @@ def check(plan: Path, /, *, as_json: Json = False) -> None:
 
     found = check_plan(load_plan(plan))
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print_check(found, out)
 
@@ -101,18 +106,18 @@ def explain(plan: Path, layer: str, /, *, device: str = "auto", dtype: str = "au
 
     found = explain_layer(compile_plan(load_plan(plan)), layer)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     rows_columns = " × ".join(map(str, found["shape"]))
-    _print_line(f"{found['name']}  {rows_columns}  {found['dtype']}  block {found['block']}")
-    _print_line(f"inputs shared with {', '.join(found['inputs_shared_with'])}")
+    print_line(f"{found['name']}  {rows_columns}  {found['dtype']}  block {found['block']}")
+    print_line(f"inputs shared with {', '.join(found['inputs_shared_with'])}")
     for one in found["passes"]:
         skipped = f"  skipped: {one['skipped']}" if "skipped" in one else ""
-        _print_line(f"\npass[{one['pass']}] {one['use']}{skipped}")
+        print_line(f"\npass[{one['pass']}] {one['use']}{skipped}")
         rows = [(given["key"], json.dumps(given["value"]), given["from"]) for given in one.get("settings", ())]
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         for key, value, origin in rows:  # no table: it would break the path of a plan over lines
-            _print_line(f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+            print_line(f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
 
 
 def _explain_kernel(directory: Path, layer: str, device: str, dtype: str, *, as_json: bool) -> None:
@@ -120,71 +125,19 @@ def _explain_kernel(directory: Path, layer: str, device: str, dtype: str, *, as_
 
     found = explain_kernel(directory, layer, device=device, dtype=dtype)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
-    _print_line(f"{found['name']}  {' × '.join(map(str, found['shape']))}  {found['dtype']}")
+    print_line(f"{found['name']}  {' × '.join(map(str, found['shape']))}  {found['dtype']}")
     grid = found["grid"]
     rows = [("sparsity", found["sparsity"]), *((grid or {"grid": None}).items()), ("rank", found["rank"])]
     rows += [("runs on", f"{found['device']} in {found['runs_in']}"), ("kernel", found["kernel"]), ("", found["why"])]
     for key, value in rows:
-        _print_line(f"  {key:<12}  {value if isinstance(value, str) else json.dumps(value)}")
+        print_line(f"  {key:<12}  {value if isinstance(value, str) else json.dumps(value)}")
 
 
-@app.command(name="eval")
-def evaluate(
-    directory: Path,
-    /,
-    *,
-    text: tuple[str, ...],
-    window: int | None = None,
-    stride: int | None = None,
-    windows: int | None = None,
-    dense: Path | None = None,
-    special_tokens: Annotated[bool, Parameter(negative="--no-special-tokens")] = True,
-    device: str = "auto",
-    as_json: Json = False,
-) -> None:
-    """Measure the perplexity of a model directory, and its divergence to the dense model.
-
-    Parameters
-    ----------
-    directory
-        An emitted directory, or any model in safetensors.
-    text
-        A text file or a hub dataset; can be given several times.
-    window
-        Tokens per window; default: the model's context, 2048 at most.
-    stride
-        Tokens between windows; default: the window.
-    windows
-        Only the first so many.
-    dense
-        The model that it came from, to compare with.
-    """
-    from pydantic import ValidationError
-
-    from compress.evals.perplexity import evaluate as measure
-    from compress.plan import Evaluate
-
-    if not directory.is_dir():
-        raise PlanError("no such directory", where=str(directory), fix="give the output of a run")
-    try:
-        settings = Evaluate(
-            perplexity=text, window=window, stride=stride, windows=windows, special_tokens=special_tokens
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise PlanError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", fix="correct the option") from None
-    import torch
-
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    lines = measure(directory, settings, dense=dense, device=torch.device(chosen))
-    if as_json:
-        _print_json([line.model_dump(mode="json") for line in lines])
-        return
-    from compress.checking import print_evaluation
-
-    print_evaluation(lines, out)
+app.command(evaluate, name="eval")
+app.command(baseline)
+app.command(gate)
 
 
 @app.command
@@ -194,10 +147,10 @@ def report(directory: Path, /, *, as_json: Json = False) -> None:
 
     found = load_report(directory)
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
         print_summary(found, out)
-        _print_line(f"report {directory / 'report.html'}")
+        print_line(f"report {directory / 'report.html'}")
 
 
 @app.command(name="swap-scales")
@@ -217,15 +170,15 @@ def swap_scales(directory: Path, name: str | None = None, /) -> None:
     if name is None:
         active = output.active()
         for one in output.sets:
-            _print_line(f"{one}  active" if one in active else one)
+            print_line(f"{one}  active" if one in active else one)
         return
     found = output.swap(name)
     size = f"{found.bytes:,} bytes of scales of {found.linears} linears"
     if not found.files:
-        _print_line(f"{directory} has the scales {name} already ({size}); nothing was written")
+        print_line(f"{directory} has the scales {name} already ({size}); nothing was written")
         return
     was = f", no longer {' or '.join(found.before)}" if found.before else ""
-    _print_line(f"{directory} now has the scales {name}{was}: {size}, in {', '.join(found.files)}")
+    print_line(f"{directory} now has the scales {name}{was}: {size}, in {', '.join(found.files)}")
 
 
 @app.command
@@ -233,20 +186,12 @@ def schema() -> None:
     """Print the JSON Schema of a plan, for editors."""
     from compress.schema import json_schema
 
-    _print_json(json_schema())
+    print_json(json_schema())
 
 
 def _follows() -> bool:
     """Whether this is one of several processes and not the first, which speaks for all."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
-
-
-def _print_line(text: str) -> None:
-    out.print(text, highlight=False, markup=False, soft_wrap=True)  # names may hold [brackets]
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
@@ -265,6 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"error: {error}{hint}", style="red", highlight=False, markup=False, soft_wrap=True)
         errors.print("fix: see compress --help", highlight=False, markup=False)
         return 2
+    except GateFailed:
+        return 1
     except CompressError as error:
         if _follows():
             return error.exit_code

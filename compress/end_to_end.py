@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.distributed import Share
-from compress.training import Training, train
+from compress.training import Training, Watcher, train
 
 if TYPE_CHECKING:
     from compress.adapting import AdaptedLinear
@@ -70,6 +70,7 @@ def train_whole(
     settings: Training,
     loss: Loss,
     tokens: TokenSet,
+    watcher: Watcher | None = None,
 ) -> tuple[int, dict[str, float]]:
     """Train what `modules` learn, and `others`, and settle the states of the modules.
 
@@ -80,6 +81,7 @@ def train_whole(
         settings: of the loop.
         loss: to minimize.
         tokens: the samples.
+        watcher: takes part in the training.
 
     Returns:
         how many numbers were trained, and those of `train`.
@@ -101,7 +103,8 @@ def train_whole(
     def of(chosen: Tensor) -> Tensor:
         return loss.value(model, teacher, ids[chosen], mask[chosen])
 
-    numbers = train(parameters, of, len(ids), settings, model.store, share, lambda chosen: model.blame(ids[chosen]))
+    blame = lambda chosen: model.blame(ids[chosen])  # noqa: E731
+    numbers = train(parameters, of, len(ids), settings, model.store, share, blame, watcher)
     for p in parameters.values():
         p.requires_grad_(False)
     model.finish(modules)

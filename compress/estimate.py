@@ -6,6 +6,7 @@ on the choice made here, only its speed: activations in memory or on disk, forwa
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from compress.calibration.moments import Statistics
 from compress.errors import PlanError
 from compress.journal import work_directory
 from compress.memory import KEPT, resident_memory
+from compress.passes.loraprune import LoRAPrune
 from compress.report import human_bytes
 from compress.walk import batch_rows
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from compress.lock import Linear, Lock
 
 LATER_IMPORTS = 80 << 20  # tokenizer, report and data libraries that are imported after the estimate is made
+HARNESS_IMPORTS = 180 << 20  # lm-eval, scipy.stats and what they import
 HEAD_BYTES = 16 << 20  # logits held at once while scoring; see compress.evals.perplexity
 
 
@@ -118,10 +121,12 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     flow = _flow(lock, keep=keep, pause=pause)
     # float32 dense, current and solved weight, scores, and the int64 order of a sort
     solve = 32 * largest.weights
-    # Gram matrices: of all subsets of a block together, or of one at a time; and the product that is added to one.
+    # Gram matrices: of all subsets of a block together, which a pass over blocks always has, or of one at a time; and
+    # the product that is added to one.
     squares = {n.subset: 4 * n.in_features**2 for n in done if _statistics(lock, n) is Statistics.GRAM}
     square = max(squares.values(), default=0)
-    grams = sum(squares.values()) if lock.plan.run.refresh == "block" else square
+    together = lock.plan.run.refresh == "block" or any(lock.block_passes(sweep) for sweep in range(len(lock.sweeps)))
+    grams = sum(squares.values()) if together else square
     # Factoring holds four more matrices of the Gram's size beside the weight; solving, the factor.
     factor, held = (4 * square + 8 * largest.weights if square else 0), square
     busiest = grams + max(written * overlap + forward + square, kept + factor, kept + held + solve)
@@ -133,12 +138,25 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     if any(lock.is_barrier(sweep) for sweep in range(len(lock.sweeps))):
         phases["training"] = base + _training(lock, sum(counts.values()))
     phases["verification"] = base + written + 4 * largest.weights
-    if lock.plan.evaluate and lock.plan.evaluate.perplexity:
+    if lock.plan.evaluate and lock.plan.evaluate.perplexity and lock.ends:
         models = 2
         scoring = models * head + 12 * HEAD_BYTES  # logits, log p, p and products of both
         hidden = models * (_evaluation_tokens(lock) if keep else 0) * 4 * skeleton.width
         phases["evaluation"] = base + models * light + hidden + max(embedding, block + forward, scoring)
+    if lock.ends and (lock.plan.gate or (lock.plan.evaluate and lock.plan.evaluate.tasks)):
+        phases["tasks"] = base + _tasks(lock, sum(sizes.values()))
     return phases
+
+
+def _tasks(lock: Lock, size: int) -> int:
+    """Bytes of whole models as lm-eval runs them: one while it is loaded, or two, and the logits of a batch."""
+    settings = lock.plan.evaluate
+    context = min(getattr(lock.config, "max_position_embeddings", None) or 2048, 2048)
+    tokens = (settings.batch_size if settings else 16) * context
+    vocabulary: int = lock.skeleton.model.get_input_embeddings().num_embeddings
+    widest: int = max(max(linear.in_features, linear.out_features) for linear in lock.linears)
+    # Logits in the model's dtype, in float32, and their log-softmax.
+    return HARNESS_IMPORTS + 3 * size + 4 * tokens * (3 * vocabulary + 4 * lock.skeleton.width + 3 * widest)
 
 
 def _training(lock: Lock, parameters: int) -> int:
@@ -146,21 +164,31 @@ def _training(lock: Lock, parameters: int) -> int:
     calibration = lock.plan.calibration
     length = calibration.length if calibration else 0
     width, inner = lock.skeleton.width, max(linear.out_features for linear in lock.linears)
-    beside = sum(linear.out_features for linear in lock.in_block(0) if linear.rank)  # what branches add to
-    inside = 12 * width + 4 * inner + beside
     vocabulary = lock.skeleton.model.get_input_embeddings().num_embeddings
     most = 0
-    for one in lock.plan.passes:
+    for index in lock.stage:
+        one = lock.plan.passes[index]
         if one.barrier():
             tokens = length * getattr(one, "batch_size", 1)
+            merged = isinstance(one, LoRAPrune)  # every linear has a branch while it trains, and masked inputs
+            beside = sum(n.out_features for n in lock.in_block(0) if n.rank or merged)  # what branches add to
+            inside = 12 * width + 4 * inner + beside + merged * (inner + width)
             models = 2 if getattr(one, "distill", 0) or getattr(one, "hidden", 0) else 1
+            teacher = (models - 1) * (_parameters(lock.root) if lock.before else parameters)
             states = 4 * 3 * sum(linear.weights for linear in lock.linears)  # dense, current, and what is learned
+            if "weights" in getattr(one, "trained", ()):  # gradient, both moments of AdamW, and the best values
+                states += 4 * 4 * parameters
             again = getattr(one, "gradient_checkpointing", False)
             kept = lock.blocks * width + inside if again else lock.blocks * inside
             logits = 5 if models == 1 else 12  # of the loss and its gradient; with distillation log p and log q, too
             left = 4 * tokens * (kept + logits * vocabulary)
-            most = max(most, 4 * models * parameters + states + left)
+            most = max(most, 4 * (parameters + teacher) + states + left)
     return most
+
+
+def _parameters(lock: Lock) -> int:
+    tensors = lock.checkpoint.tensors
+    return sum(math.prod(tensors[stored].shape) for stored in set(lock.skeleton.stored.values()))
 
 
 def _evaluation_tokens(lock: Lock) -> int:
@@ -233,11 +261,15 @@ def _speed(device: torch.device) -> float:
 
 
 def disk_bytes(lock: Lock) -> int:
-    """Bytes needed beside the output while the run is under way: journal, activations and the output itself."""
+    """Bytes needed beside the output while the run is under way: journal, activations and the output itself.
+
+    With several stages, what each leaves stays until the end.
+    """
+    earlier = disk_bytes(lock.before) if lock.before else 0
     blocks = sum(lock.checkpoint.tensors[n.stored].bytes + n.weights // 8 for n in lock.linears if n.passes)
     calibration = lock.plan.calibration
     flow = 8 * calibration.samples * calibration.length * lock.skeleton.width if calibration and lock.calibrated else 0
-    return lock.output_bytes + blocks * len(lock.sweeps) + flow
+    return lock.output_bytes + blocks * len(lock.sweeps) + flow + earlier
 
 
 def check_disk(lock: Lock) -> None:

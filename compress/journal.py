@@ -111,15 +111,17 @@ class Workspace:
         """The lines of one kind that have these values, in order."""
         return [e for e in self._entries if e["kind"] == kind and all(e.get(k) == v for k, v in wanted.items())]
 
-    def identify(self, identity: dict[str, Any], plan: dict[str, Any]) -> bool:
+    def identify(self, identity: dict[str, Any], plan: dict[str, Any], kind: str = "begin") -> bool:
         """Start the journal of this run, or check that the one found is of this run. True when it resumes.
+
+        `kind`: of the line that says so; the last stage of several has one of its own.
 
         Raises:
             OutputError: the journal is of another plan, model, data or version; it is named and left alone.
         """
-        begun = self.entries("begin")
+        begun = self.entries(kind)
         if not begun:
-            self.append({"kind": "begin", "identity": identity, "plan": plan})
+            self.append({"kind": kind, "identity": identity, "plan": plan})
             return False
         other = begun[0]["identity"]
         different = [name for name in identity if other.get(name) != identity[name]]
@@ -238,7 +240,7 @@ class Workspace:
 
     def discard_without_blocks(self) -> None:
         """Remove the work directory of a run that compressed nothing yet."""
-        if not self.entries("block"):
+        if not self.entries("block") and not any(self.directory.glob("*stage-*")):
             shutil.rmtree(self.directory, ignore_errors=True)
 
 

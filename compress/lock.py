@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
@@ -22,9 +22,11 @@ from compress.export.scales import scale_shards, set_passes
 from compress.grid import Grid
 from compress.hub import config_digest, find_model, load_config
 from compress.passes.base import BlockPass, Invariant, LinearPass, ModelPass, Pass, SettingError, Statistics, matches
+from compress.passes.structured import Structured
 from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
 from compress.state import kept_low_rank
 from compress.stream import Skeleton
+from compress.structure import Sizes, sketch, slots_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -90,7 +92,15 @@ class Linear:
 
 @dataclass(frozen=True)
 class Lock:
-    """The compiled plan."""
+    """The compiled plan, or one stage of it.
+
+    A pass of structured pruning ends a stage: the smaller model that it leaves is the next stage's model.
+
+    Attributes:
+        stage: indices of the passes of this stage.
+        left: the sizes that the stage leaves, where it ends with structured pruning.
+        before: the stage before.
+    """
 
     plan: Plan
     directory: Path
@@ -101,11 +111,43 @@ class Lock:
     sweeps: tuple[tuple[int, ...], ...]  # indices of the passes that share a walk over the blocks
     shards: tuple[Shard, ...]
     form: Format
+    stage: tuple[int, ...]
+    left: Sizes | None
+    before: Lock | None
+    config_digest: str  # of the model's config.json, which is gone where the stage before has not run
+
+    @property
+    def stages(self) -> tuple[Lock, ...]:
+        """All stages up to this one."""
+        return (*(self.before.stages if self.before else ()), self)
+
+    @property
+    def root(self) -> Lock:
+        """The first stage, whose model is the plan's."""
+        return self.stages[0]
+
+    def stage_of(self, index: int) -> Lock:
+        """The stage of a pass."""
+        return next(one for one in self.stages if index in one.stage)
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is the last stage of the plan."""
+        return self.stage[-1] == len(self.plan.passes) - 1
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those of the model that the stage works on."""
+        return Sizes.of(self.architecture, self.config)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know before the run."""
-        return (*_warnings(self.plan, self.skeleton), *self.form.warnings(self))
+        return (*(self.before.warnings if self.before else _warnings(self.plan, self.skeleton)), *self._form_warnings)
+
+    @property
+    def _form_warnings(self) -> tuple[str, ...]:
+        return tuple(self.form.warnings(self)) if self.ends else ()
 
     @property
     def index(self) -> str | None:
@@ -122,7 +164,7 @@ class Lock:
     def calibrated(self) -> bool:
         """Whether any pass needs activations."""
         sweeps = range(len(self.sweeps))
-        learns = any(one.learns() for one in self.plan.passes)
+        learns = any(self.plan.passes[index].learns() for index in self.stage)
         return learns or any(self.statistics(linear, sweep) for linear in self.linears for sweep in sweeps)
 
     def in_block(self, block: int) -> list[Linear]:
@@ -153,14 +195,14 @@ class Lock:
 
     def begins_with(self, sweep: int) -> int:
         """The sweep whose result a sweep begins with: the one before; all that make a named set of scales share one."""
-        sets = set_passes(self.plan)
+        sets = set_passes(self.plan) if self.ends else {}
         first = self.sweep_of(min(sets)) if sets else len(self.sweeps)
         return min(sweep, first) - 1
 
     @property
     def scale_sets(self) -> dict[str, Shard]:
         """The file of each named set of scales."""
-        return scale_shards(self.plan, self.linears)
+        return scale_shards(self.plan, self.linears) if self.ends else {}
 
     @property
     def architecture(self) -> Architecture:
@@ -169,8 +211,13 @@ class Lock:
 
     def statistics(self, linear: Linear, sweep: int) -> Statistics:
         """The statistics that a sweep needs of a linear's input."""
-        local = [p for _, p in self.passes(linear, sweep) if isinstance(p, (LinearPass, BlockPass)) and not p.barrier()]
-        return max((p.needed() for p in local), default=Statistics.NONE)
+        name = linear.name.removeprefix(self.skeleton.prefix(linear.block))
+        needed = [
+            p.needed_of(name, self.architecture, self.config) if isinstance(p, BlockPass) else p.needed()
+            for _, p in self.passes(linear, sweep)
+            if isinstance(p, (LinearPass, BlockPass)) and not p.barrier()
+        ]
+        return max(needed, default=Statistics.NONE)
 
     @property
     def output_bytes(self) -> int:
@@ -188,7 +235,8 @@ class Lock:
 
         `kept` reads what the journal keeps of a block in the end.
         """
-        if not {Invariant.GRID, Invariant.LOW_RANK} & {one for p in self.plan.passes for one in p.provides()}:
+        provided = {one for index in self.stage for one in self.plan.passes[index].provides()}
+        if self.left or not {Invariant.GRID, Invariant.LOW_RANK} & provided:
             return self
         linears: list[Linear] = []
         for block in range(self.blocks):
@@ -203,17 +251,22 @@ class Lock:
     @property
     def undecided(self) -> bool:
         """Whether a run chooses ranks or bits under a budget: then sizes are the largest there may be."""
-        return any(getattr(one, "budget", None) is not None for one in self.plan.passes)
+        return any(getattr(self.plan.passes[index], "budget", None) is not None for index in self.stage)
+
+    def canonical(self) -> dict[str, Any]:
+        """The settings of the plan that make the result of this stage."""
+        plan = self.plan.canonical()
+        return plan if self.ends else plan | {"pass": plan["pass"][: self.stage[-1] + 1]}
 
     def to_json(self) -> dict[str, Any]:
         """The lock as it is written beside the weights; equal locks give equal bytes."""
         return {
             "lock_version": 1,
             "compress_version": __version__,
-            "plan": self.plan.canonical(),
+            "plan": self.canonical(),
             "model": {
                 "architecture": self.config.model_type,
-                "config": config_digest(self.directory),
+                "config": self.config_digest,
                 "headers": self.checkpoint.digest(),
                 "bytes": sum(self.checkpoint.sizes.values()),
             },
@@ -236,7 +289,7 @@ class Lock:
             "files": [{"name": shard.file, "bytes": shard.bytes, "tensors": len(shard.slots)} for shard in self.shards],
             "scale_sets": [{"name": name, "bytes": shard.bytes} for name, shard in self.scale_sets.items()],
             "output_bytes": self.output_bytes,
-        }
+        } | ({"left": asdict(self.left)} if self.left else {})
 
     def digest(self) -> str:
         """SHA-256 of the lock."""
@@ -244,31 +297,97 @@ class Lock:
 
 
 def compile_plan(plan: Plan) -> Lock:
-    """Compile a plan against the headers of its model.
+    """Compile a plan against the headers of its model; the last stage, where it has several.
 
     Raises:
         PlanError: the plan asks for something impossible of this model.
         ModelError: the model cannot be used.
     """
-    directory = find_model(plan.model, plan.folder, plan.source.where(("model", "path")))
+    lock = None
+    for stage in stages_of(plan):
+        lock = compile_stage(plan, stage, lock)
+    assert lock is not None
+    check_texts(plan)
+    return lock
+
+
+def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, directory: Path | None = None) -> Lock:
+    """Compile one stage.
+
+    Args:
+        plan: of all stages.
+        stage: the indices of its passes.
+        before: the stage before.
+        directory: what the stage before has made; without it, a sketch of that is made.
+
+    Raises:
+        PlanError, ModelError: as `compile_plan`.
+    """
+    if before is None:
+        directory = find_model(plan.model, plan.folder, plan.source.where(("model", "path")))
+    elif directory is None:
+        assert before.left is not None
+        with sketch(before.skeleton, before.left, before.shards) as drawn:
+            return compile_stage(plan, stage, before, drawn)
     config = load_config(directory, trust_remote_code=plan.model.trust_remote_code)
     architecture = architecture_for(config.model_type)
     checkpoint = Checkpoint(directory)
     skeleton = _skeleton(plan, checkpoint, config, architecture)
     bare = list(_block_linears(skeleton))
-    check_patterns(plan, [linear.name for linear in bare], architecture.head)
-    linears = _with_block_passes(plan, skeleton, [_with_passes(linear, plan) for linear in bare])
-    check_order(plan, linears)
-    sweeps = _sweeps(plan)
-    form = known_formats()[plan.exports[0].format]
+    check_patterns(plan, stage, [linear.name for linear in bare], architecture.head)
+    linears = _with_block_passes(plan, stage, skeleton, [_with_passes(linear, plan, stage) for linear in bare])
+    check_order(plan, stage, linears)
+    left = _left(plan, stage, architecture, config)
+    form = known_formats()["huggingface" if left else plan.exports[0].format]
+    if left and stage[-1] == len(plan.passes) - 1 and plan.exports[0].format != form.name:
+        where, fix = plan.source.where(("export", 0, "format")), "leave it out, or put a quantizer behind"
+        raise PlanError("structured pruning at the end leaves plain weights", where=where, fix=fix)
     check_format(plan, linears, form)
-    shards = tuple(_files(plan, skeleton, linears, form))
-    lock = Lock(plan, directory, checkpoint, config, skeleton, linears, sweeps, shards, form)
+    shards = tuple(_files(plan, skeleton, linears, form, left))
+    lock = Lock(
+        plan,
+        directory,
+        checkpoint,
+        config,
+        skeleton,
+        linears,
+        _sweeps(plan, stage),
+        shards,
+        form,
+        stage,
+        left,
+        before,
+        config_digest(directory),
+    )
     check_calibration(lock)
     check_passes(lock)
-    check_texts(plan)
     copied_files(directory, code=plan.model.trust_remote_code)
+    if left and lock.ends:
+        with sketch(skeleton, left, shards) as drawn:  # that transformers builds what config.json will say
+            smaller = load_config(drawn, trust_remote_code=plan.model.trust_remote_code)
+            _skeleton(plan, Checkpoint(drawn), smaller, architecture)
     return lock
+
+
+def stages_of(plan: Plan) -> list[tuple[int, ...]]:
+    """Indices of the passes of each stage: a pass of structured pruning ends one."""
+    stages: list[list[int]] = [[]]
+    for index, one in enumerate(plan.passes):
+        stages[-1].append(index)
+        if isinstance(one, Structured):
+            stages.append([])
+    return [tuple(stage) for stage in stages if stage]
+
+
+def _left(plan: Plan, stage: tuple[int, ...], architecture: Architecture, config: Any) -> Sizes | None:
+    """The sizes that the structured pass at the end of a stage leaves."""
+    one = plan.passes[stage[-1]]
+    if not isinstance(one, Structured):
+        return None
+    try:
+        return one.left(Sizes.of(architecture, config), architecture, config)
+    except SettingError as error:
+        raise plan.refusal(stage[-1], error) from None
 
 
 def _skeleton(plan: Plan, checkpoint: Checkpoint, config: Any, architecture: Architecture) -> Skeleton:
@@ -309,9 +428,10 @@ def _block_linears(skeleton: Skeleton) -> Iterator[Linear]:
                 yield Linear(full, stored, index, subset, rows, columns, transposed, info.dtype, ())
 
 
-def _with_passes(linear: Linear, plan: Plan) -> Linear:
+def _with_passes(linear: Linear, plan: Plan, stage: tuple[int, ...]) -> Linear:
     chosen: list[tuple[int, Pass]] = []
-    for index, one in enumerate(plan.passes):
+    for index in stage:
+        one = plan.passes[index]
         if not one.targets(linear.name):
             continue
         bare = one.for_linear(linear.name)
@@ -324,9 +444,12 @@ def _with_passes(linear: Linear, plan: Plan) -> Linear:
     return replace(linear, passes=tuple(chosen))
 
 
-def _with_block_passes(plan: Plan, skeleton: Skeleton, linears: list[Linear]) -> tuple[Linear, ...]:
+def _with_block_passes(
+    plan: Plan, stage: tuple[int, ...], skeleton: Skeleton, linears: list[Linear]
+) -> tuple[Linear, ...]:
     """A block pass works on the linears that it takes, which may be others than those that its patterns name."""
-    for index, one in enumerate(plan.passes):
+    for index in stage:
+        one = plan.passes[index]
         if not isinstance(one, BlockPass):
             continue
         for block in range(len(skeleton.blocks)):
@@ -355,10 +478,11 @@ def _to_blame(one: Pass, index: int, linear: Linear) -> tuple[str | int, ...]:
     return ("pass", index, "where", matching[-1]) if matching else ("pass", index)
 
 
-def _sweeps(plan: Plan) -> tuple[tuple[int, ...], ...]:
+def _sweeps(plan: Plan, stage: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Consecutive local passes share a sweep; one that surveys the whole model or works on blocks begins a new one."""
     sweeps: list[list[int]] = [[]]
-    for index, one in enumerate(plan.passes):
+    for index in stage:
+        one = plan.passes[index]
         if not isinstance(one, (LinearPass, BlockPass, ModelPass)):
             where = plan.source.where(("pass", index))
             fix = "derive it from LinearPass, BlockPass or ModelPass"
@@ -388,8 +512,15 @@ def _in_model_order(skeleton: Skeleton) -> Iterator[Any]:
     yield from (tensors[stored] for stored in sorted(tensors, key=key))
 
 
-def _files(plan: Plan, skeleton: Skeleton, linears: Iterable[Linear], form: Format) -> Iterator[Shard]:
+def _files(
+    plan: Plan, skeleton: Skeleton, linears: Iterable[Linear], form: Format, left: Sizes | None = None
+) -> Iterator[Shard]:
     """The files to be written: the weights, and the masks where the format packs weights."""
+    if left is not None:
+        before = Sizes.of(skeleton.architecture, skeleton.config)
+        slots_left = slots_after(skeleton, before, left, [info.name for info in _in_model_order(skeleton)])
+        yield from lay_out(slots_left, int(plan.exports[0].shard_size))
+        return
     by_stored = {linear.stored: linear for linear in linears if linear.passes}
     slots: list[Slot] = []
     for info in _in_model_order(skeleton):

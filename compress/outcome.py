@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +19,9 @@ from compress.calibration.plan_source import source_digest
 from compress.card import write_card
 from compress.checkpoint import INDEX, MASKS, read_json
 from compress.errors import CompressError, OutputError
+from compress.evals.commands import write_gate
 from compress.evals.perplexity import evaluate
+from compress.evals.planned import Measured, measure
 from compress.hub import config_digest
 from compress.memory import peak_memory
 from compress.report import (
@@ -35,6 +39,8 @@ from compress.report import (
     write_report,
 )
 from compress.state import unpack_bits
+from compress.structure import CutTensors
+from compress.track import track
 
 if TYPE_CHECKING:
     from compress.distributed import World
@@ -43,12 +49,16 @@ if TYPE_CHECKING:
     from compress.pipeline import Execution
 
 
+def plan_digest(lock: Lock) -> str:
+    """SHA-256 of the settings that make the result of a stage."""
+    return hashlib.sha256(json.dumps(lock.canonical(), sort_keys=True).encode()).hexdigest()
+
+
 def identity(lock: Lock, world: World) -> dict[str, str]:
     """What a journal must agree on to be resumed, by the name a refusal gives it. Reads every weight once."""
-    plan = json.dumps(lock.plan.canonical(), sort_keys=True)
     model = config_digest(lock.directory) + lock.checkpoint.digest() + lock.skeleton.digest()
     return {
-        "plan": hashlib.sha256(plan.encode()).hexdigest(),
+        "plan": plan_digest(lock),
         "model": hashlib.sha256(model.encode()).hexdigest(),
         "data": source_digest(lock),
         "version": f"compress {__version__}, torch {torch.__version__}, transformers {version('transformers')}",
@@ -58,18 +68,37 @@ def identity(lock: Lock, world: World) -> dict[str, str]:
 
 
 def emitted_lock(lock: Lock, known: dict[str, str]) -> dict[str, Any]:
-    """The lock as it is written beside the weights: with what it was made of, so that a change of that is seen."""
-    return lock.to_json() | {"made_of": {"model": known["model"], "data": known["data"]}}
+    """The lock as it is written beside the weights: with what it was made of, so that a change of that is seen.
+
+    `known`: the identity of the first stage.
+    """
+    earlier = {"stages": [one.to_json() for one in lock.stages[:-1]]} if lock.before else {}
+    return lock.to_json() | earlier | {"made_of": {"model": known["model"], "data": known["data"]}}
 
 
 def finished_report(lock: Lock, known: dict[str, str], output: Path, *, overwrite: bool) -> Report | None:
     """The report of an output that this very plan has written; refuses any other content."""
     if not refuse_foreign(output) or overwrite:
         return None
-    if read_json(output / "lock.json") == emitted_lock(lock, known):
+    found, wanted = read_json(output / "lock.json"), emitted_lock(lock, known)
+    if lock.before:  # what later stages read is known as a sketch only
+        found, wanted = (
+            {key: one.get(key) for key in ("compress_version", "plan", "made_of")} for one in (found, wanted)
+        )
+    if found == wanted:
         return load_report(output)
     fix = "choose another output, or replace it with --overwrite"
     raise OutputError("holds the result of another plan", where=str(output), fix=fix)
+
+
+def finished_stage(lock: Lock, known: dict[str, str], output: Path) -> Report | None:
+    """The report of a stage that was run to its end; one of another plan is removed."""
+    if not output.is_dir():
+        return None
+    if _made_here(output) and read_json(output / "lock.json") == emitted_lock(lock, known):
+        return load_report(output)
+    shutil.rmtree(output)
+    return None
 
 
 def refuse_foreign(output: Path) -> bool:
@@ -92,22 +121,34 @@ def _made_here(output: Path) -> bool:
     return "compress_version" in lock and "linears" in lock and (output / "report.json").is_file()
 
 
-def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors) -> Report:
-    """Count, evaluate the staged directory, and put together the report."""
-    lock, work = tensors.lock, run.work
+def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors | CutTensors) -> Report:
+    """Count, evaluate the staged directory, and put together the report; that of the stages before is taken in."""
+    lock, work, before = tensors.lock, run.work, run.before
+    sweeps = sum(len(one.sweeps) for one in lock.stages[:-1])
     ledger = [LedgerLine(**line) for entry in work.entries("block") for line in entry["ledger"]]
+    ledger = [line.model_copy(update={"sweep": line.sweep + sweeps}) for line in ledger]
     blocks = [BlockLine(**entry["line"]) for entry in work.entries("block")]
-    parameters, nonzero, sparsity = _counts(lock, tensors)
+    blocks = [line.model_copy(update={"sweep": line.sweep + sweeps}) for line in blocks]
+    source, nonzero, sparsity = _counts(lock, tensors)
+    parameters = source
+    if isinstance(tensors, CutTensors):
+        slots = [slot for shard in lock.shards for slot in shard.slots if tensors.knows(slot.name)]
+        nonzero = parameters = sum(math.prod(slot.shape) for slot in slots)
     added = sum(linear.rank * (linear.out_features + linear.in_features) for linear in lock.linears)
     evaluation = _evaluate(run)
+    measured = _measure(run)
     run.progress.end_phase()
     plan, settings = lock.plan, lock.plan.calibration
-    source = sum(lock.checkpoint.sizes.values())
+    model = ModelInfo(
+        path=plan.model.path,
+        architecture=type(lock.skeleton.model).__name__,
+        parameters=source,
+        bytes=sum(lock.checkpoint.sizes.values()),
+    )
+    phases = dict(run.progress.phases)
     return Report(
         compress_version=__version__,
-        model=ModelInfo(
-            path=plan.model.path, architecture=type(lock.skeleton.model).__name__, parameters=parameters, bytes=source
-        ),
+        model=before.model if before else model,
         output=OutputInfo(
             path=work.output.name,
             bytes=_written(work.staging),
@@ -128,14 +169,17 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors) -> R
         )
         if settings and run.tokens
         else None,
-        passes=tuple(_summary(lock, index, ledger) for index in range(len(plan.passes))),
-        linears=tuple(ledger),
-        blocks=tuple(blocks),
+        passes=(*(before.passes if before else ()), *(_summary(lock, index, ledger) for index in lock.stage)),
+        linears=(*(before.linears if before else ()), *ledger),
+        blocks=(*(before.blocks if before else ()), *blocks),
         evaluation=evaluation,
-        phases=dict(run.progress.phases),
-        peak_memory_bytes=peak_memory(run.mode.device),
-        estimated_memory_bytes=run.mode.peak,
-        resumed=run.resumed,
+        tasks=measured.lines,
+        tasks_info=measured.info,
+        gate=measured.gate,
+        phases=phases,
+        peak_memory_bytes=max(peak_memory(run.mode.device), before.peak_memory_bytes if before else 0),
+        estimated_memory_bytes=max(run.mode.peak, before.estimated_memory_bytes if before else 0),
+        resumed=run.resumed + (before.resumed if before else 0),
         warnings=lock.warnings,
         plan_toml=plan.source.text,
         verified=verified,
@@ -157,11 +201,27 @@ def environment(device: torch.device) -> Environment:
 def publish_report(run: Execution, report: Report) -> None:
     """Write report and model card into the staged directory."""
     write_report(report, run.work.staging)
+    if report.gate:
+        write_gate(report.gate, run.work.staging)
     model = run.lock.plan.model
     local = run.lock.plan.resolve(model.path).is_dir()  # only its name is the reader's business
     write_card(
-        report, run.work.staging, f"./{Path(model.path).name}" if local else model.path, _license(run.lock.directory)
+        report,
+        run.work.staging,
+        f"./{Path(model.path).name}" if local else model.path,
+        _license(run.lock.root.directory),
     )
+
+
+def tell_tracker(run: Execution, report: Report) -> None:
+    """Send the report of a published output to the plan's tracker."""
+    plan = run.lock.plan
+    if not plan.track or not run.lock.ends:
+        return
+    try:
+        track(report, plan.track, plan.folder)
+    except Exception as error:  # a tracker raises what it likes, and the output is there
+        run.progress.say(f"warning: {plan.track.to} did not take the results: {error}", style="yellow")
 
 
 def _license(directory: Path) -> str | None:
@@ -178,7 +238,7 @@ def _license(directory: Path) -> str | None:
     return declared if isinstance(declared, str) else None
 
 
-def _counts(lock: Lock, tensors: FinalTensors) -> tuple[int, int, float]:
+def _counts(lock: Lock, tensors: FinalTensors | CutTensors) -> tuple[int, int, float]:
     """Parameters, those that masks leave, and the pruned share of the weights in block linears."""
     stored = set(lock.skeleton.stored.values())
     parameters = sum(int(torch.Size(lock.checkpoint.tensors[name].shape).numel()) for name in stored)
@@ -225,15 +285,25 @@ def _summary(lock: Lock, index: int, ledger: list[LedgerLine]) -> PassSummary:
 def _evaluate(run: Execution) -> tuple[EvaluationLine, ...]:
     """Score the staged directory, and the dense model beside it."""
     plan = run.lock.plan
-    if plan.evaluate is None or not plan.evaluate.perplexity:
+    if plan.evaluate is None or not plan.evaluate.perplexity or not run.lock.ends:
         return ()
     run.progress.phase("evaluate", "evaluate")
     return evaluate(
         run.work.staging,
         plan.evaluate,
-        dense=run.lock.directory,
+        dense=run.lock.root.directory,
         folder=plan.folder,
         device=run.mode.device,
         keep=run.mode.keep,
         trust_remote_code=plan.model.trust_remote_code,
     )
+
+
+def _measure(run: Execution) -> Measured:
+    """Evaluate the plan's tasks on the staged directory and on the dense model, and hold the gate."""
+    plan = run.lock.plan
+    if not run.lock.ends or (not plan.gate and not (plan.evaluate and plan.evaluate.tasks)):
+        return Measured()
+    run.progress.phase("tasks", "tasks")
+    name, say = run.work.output.name, run.progress.say
+    return measure(plan, run.work.staging, run.lock.root.directory, name=name, device=run.mode.device, say=say)

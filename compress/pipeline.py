@@ -25,17 +25,29 @@ from compress.export.huggingface import FinalTensors, export
 from compress.export.scales import verify_sets, write_sets
 from compress.export.verify import verify
 from compress.journal import Workspace, file_checksum, work_directory
-from compress.lock import Lock, compile_plan
+from compress.lock import Lock, compile_plan, compile_stage
 from compress.memory import reset_peak_memory, tame_allocator
-from compress.outcome import assemble, emitted_lock, finished_report, identity, publish_report
+from compress.outcome import (
+    assemble,
+    emitted_lock,
+    finished_report,
+    finished_stage,
+    identity,
+    plan_digest,
+    publish_report,
+    tell_tracker,
+)
 from compress.passes.eora import EoRA, spend
 from compress.progress import Progress
 from compress.report import Report, VerifiedInfo, load_report
 from compress.state import cut_ranks
+from compress.structure import CutTensors, found_kept
 from compress.sweep import Sweep
 from compress.walk import batch_rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from compress.lock import Linear
@@ -62,15 +74,13 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
     progress = progress or Progress()
     progress.phase("check")
     lock = compile_plan(plan)
-    mode = choose_mode(lock)
-    world = World(mode.device)
-    mode = replace(mode, device=world.device)
+    world = World(choose_mode(lock).device)
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")  # decision D5: no TF32 in statistics
         with torch.no_grad():
-            return (_follow if world.rank else _lead)(lock, mode, world, progress, restart, overwrite)
+            return _follow(lock, world) if world.rank else _lead(lock, world, progress, restart, overwrite)
     finally:
         world.announce(None)
         progress.end_phase()
@@ -78,11 +88,11 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
         torch.set_float32_matmul_precision(precision)
 
 
-def _lead(lock: Lock, mode: Mode, world: World, progress: Progress, restart: bool, overwrite: bool) -> Report:
+def _lead(lock: Lock, world: World, progress: Progress, restart: bool, overwrite: bool) -> Report:
     """The run of the first process, or of the only one."""
     output = lock.plan.resolve(lock.plan.run.output)
-    known = identity(lock, world)
-    finished = finished_report(lock, known, output, overwrite=overwrite)
+    origin = identity(lock.root, world)
+    finished = finished_report(lock, origin, output, overwrite=overwrite)
     if finished:
         if work_directory(output).is_dir():  # a kill between the last two steps left it
             Workspace(output).remove()
@@ -91,7 +101,9 @@ def _lead(lock: Lock, mode: Mode, world: World, progress: Progress, restart: boo
     check_disk(lock)
     workspace = Workspace(output)
     try:
-        return Execution(lock, mode, workspace, progress, known, restart, world).carry_out()
+        if restart:
+            workspace.forget()
+        return _lead_stages(lock, world, progress, origin, workspace)
     except OutputError:
         raise  # the journal found there is another run's
     except PlanError:
@@ -107,16 +119,86 @@ def _lead(lock: Lock, mode: Mode, world: World, progress: Progress, restart: boo
         workspace.close()
 
 
-def _follow(lock: Lock, mode: Mode, world: World, progress: Progress, restart: bool, overwrite: bool) -> Report:
+def _lead_stages(lock: Lock, world: World, progress: Progress, origin: dict[str, str], workspace: Workspace) -> Report:
+    """All stages; what one leaves is the model of the next, and lies in the work directory until the output is there.
+
+    Args:
+        lock: the last stage; of those before it, what is known without their result.
+        world: the processes.
+        progress: where to show it.
+        origin: the identity of the first stage.
+        workspace: of the output, held from the first stage to the last.
+    """
+    if not lock.before:
+        return Execution(lock, _mode(lock, world), workspace, progress, origin, world, origin).carry_out()
+    workspace.identify(origin | {"plan": plan_digest(lock)}, lock.canonical())
+    report: Report | None = None
+    at: Lock | None = None
+    for number, planned in enumerate(lock.stages):
+        stage = compile_stage(lock.plan, planned.stage, at, _made(workspace.output, number - 1)) if at else planned
+        known = identity(stage, world) if at else origin
+        if at:
+            _vouch(workspace, number - 1, known["model"])
+        names = ", ".join(lock.plan.passes[index].use() for index in stage.stage)
+        progress.say(f"stage {number + 1} of {len(lock.stages)}: {names}")
+        if stage.ends:
+            break
+        place = _made(workspace.output, number)
+        finished = finished_stage(stage, origin, place)
+        if finished is None:
+            own = Workspace(place)
+            try:
+                run = Execution(stage, _mode(stage, world), own, progress, known, world, origin, report)
+                finished = run.carry_out()
+            except PlanError:
+                own.discard_without_blocks()
+                raise
+            finally:
+                own.close()
+        report, at = finished, stage
+        world.announce(None)
+    return Execution(stage, _mode(stage, world), workspace, progress, known, world, origin, report).carry_out()
+
+
+def _vouch(workspace: Workspace, number: int, model: str) -> None:
+    """Note what a stage has left; where it was noted before, it must be that."""
+    (entry, *_) = (*workspace.entries("made", stage=number), {"kind": "made", "stage": number, "model": model})
+    if entry["model"] != model:
+        place = _made(workspace.output, number)
+        shutil.rmtree(place)
+        fix = "run the same command: that stage starts over"
+        raise RunError(f"the model that stage {number + 1} left is damaged", where=str(place), fix=fix)
+    if not workspace.entries("made", stage=number):
+        workspace.append(entry)
+
+
+def _made(output: Path, number: int) -> Path:
+    """Where a stage that is not the last leaves its model, until the output is there."""
+    return work_directory(output) / f"stage-{number}"
+
+
+def _mode(lock: Lock, world: World) -> Mode:
+    return replace(choose_mode(lock), device=world.device)
+
+
+def _follow(lock: Lock, world: World) -> Report:
     """The run of another process: it takes part where the first one calls it."""
     output = lock.plan.resolve(lock.plan.run.output)
-    work = Workspace(output, following=True)
-    run = Execution(lock, mode, work, Progress(), {}, False, world)
-    lock.skeleton.to(mode.device, mode.dtype)
-    while (number := world.hear()) is not None:
-        work.reread()
-        torch.set_num_threads(work.entries("threads")[0]["threads"])
-        run.take_part(number)
+    at: Lock | None = None
+    place = output
+    for number, planned in enumerate(lock.stages):
+        stage = compile_stage(lock.plan, planned.stage, at, place) if at else planned
+        place = output if stage.ends else _made(output, number)
+        work, mode = Workspace(place, following=True), _mode(stage, world)
+        run = Execution(stage, mode, work, Progress(), {}, world, {})
+        stage.skeleton.to(mode.device, mode.dtype)
+        while (sweep := world.hear()) is not None:
+            work.reread()
+            torch.set_num_threads(work.entries("threads")[0]["threads"])
+            run.take_part(sweep)
+        if not (place / "report.json").is_file():
+            break
+        at = stage
     if not (output / "report.json").is_file():
         raise RunError("the first process of the run failed", where=f"process {world.rank}", fix="see its message")
     return load_report(output)
@@ -131,8 +213,9 @@ class Execution:
     work: Workspace
     progress: Progress
     identity: dict[str, str]
-    restart: bool
     world: World
+    origin: dict[str, str]  # the identity of the first stage
+    before: Report | None = None  # of the stage before
     tokens: TokenSet | None = None
     resumed: int = 0
     rows: list[int] = field(default_factory=list)
@@ -161,10 +244,13 @@ class Execution:
         self.progress.phase("export", "export")
         last = len(self.lock.sweeps) - 1
         lock = self.lock.settled(lambda block: self.kept(last, block))
+        tensors: FinalTensors | CutTensors
         tensors = FinalTensors(lock, lambda block: self.kept(last, block), self.kept_outside(last))
+        if lock.left:
+            tensors = CutTensors(tensors, found_kept(lock, lambda block: self.kept(last, block)))
         shutil.rmtree(self.work.staging, ignore_errors=True)
         self.work.staging.mkdir()
-        export(lock, emitted_lock(self.lock, self.identity), tensors, self.work.staging)
+        export(lock, emitted_lock(self.lock, self.origin), tensors, self.work.staging)
         write_sets(lock, self.kept, self.work.staging)
         self.progress.phase("verify", "verify")
         checked = (verify(tensors, self.work.staging), verify_sets(lock, self.kept, self.work.staging))
@@ -173,7 +259,9 @@ class Execution:
         report = assemble(self, VerifiedInfo(tensors=count, bytes=size), tensors)
         publish_report(self, report)
         self.work.publish()
-        self.progress.phases["total"] = time.perf_counter() - began
+        tell_tracker(self, report)
+        if self.lock.ends:
+            self.progress.phases["total"] = time.perf_counter() - began
         return report
 
     def take_part(self, number: int) -> None:
@@ -189,9 +277,8 @@ class Execution:
     def _begin(self) -> None:
         """Start or resume the journal; a file it vouches for that is damaged drops its sweep."""
         plan = self.lock.plan
-        if self.restart:
-            self.work.forget()
-        if self.work.identify(self.identity, plan.canonical()):
+        kind = "stage" if self.lock.before and self.lock.ends else "begin"
+        if self.work.identify(self.identity, self.lock.canonical(), kind):
             self.resumed = len(self.work.entries("resume")) + 1
             for sweep in range(len(self.lock.sweeps)):
                 entries = self.work.entries("block", sweep=sweep) + self.work.entries("outside", sweep=sweep)

@@ -81,12 +81,46 @@ class Evaluate(Settings):
     windows: int | None = Field(default=None, ge=1, description="evaluate only the first so many windows")
     special_tokens: bool = Field(default=True, description="let the tokenizer add its special tokens (one BOS)")
     divergence: bool = Field(default=True, description="KL divergence and top-1 agreement to the dense model")
+    tasks: Patterns = Field(default=(), description="tasks of lm-eval by name, or FORM:FILE")
+    limit: int | None = Field(default=None, ge=1, description="only the first so many samples of each task")
+    batch_size: int = Field(default=16, ge=1, description="requests of a task that are computed together")
+    num_fewshot: int | None = Field(default=None, ge=0, description="examples in a prompt; default: the task's")
+    add_bos_token: bool | None = Field(default=None, description="whether prompts begin with BOS; default: tokenizer's")
+    include_path: str | None = Field(default=None, description="a folder of task files of your own")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        default="auto", description="of activations and plain weights in tasks; auto: the checkpoint's"
+    )
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Evaluate:
         if self.stride and self.window and self.stride > self.window:
             raise SettingError(f"stride {self.stride} skips tokens of window {self.window}", "stride <= window")
         return self
+
+
+class Gate(Settings):
+    """Whether the result is still as good as a baseline: the margins, and how sure the verdict must be."""
+
+    baseline: str | None = Field(default=None, description="file of compress baseline; default: the dense model")
+    margin: float = Field(default=0.01, gt=0, lt=1, description="how much accuracy may be lost: 0.01 is one point")
+    perplexity_margin: float = Field(default=0.02, gt=0, description="how much perplexity may rise: 0.02 is 2 %")
+    loglikelihood_margin: float | None = Field(
+        default=None, gt=0, description="nats that right answers may lose; default: shown, not judged"
+    )
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="rate of wrong verdicts, each way")
+    power: float = Field(default=0.8, gt=0, lt=1, description="for the sample sizes that are stated")
+    metrics: Patterns = Field(default=(), description="metrics to judge; default: of each kind a task's first")
+    inconclusive: Literal["fail", "pass"] = Field(default="fail", description="what too few samples count as")
+    resamples: int = Field(default=9999, ge=999, description="of the bootstrap")
+
+
+class Track(Settings):
+    """A tracker to send settings and figures to, once the output is there."""
+
+    to: Literal["mlflow", "wandb", "trackio"] = Field(description="which one; install it beside compress")
+    project: str = Field(default="compress", min_length=1, description="experiment or project")
+    name: str | None = Field(default=None, min_length=1, description="of the run; default: the output's")
+    store: str | None = Field(default=None, min_length=1, description="folder or URL; default: the tracker's own")
 
 
 class Plan(Settings):
@@ -98,6 +132,8 @@ class Plan(Settings):
     passes: tuple[SerializeAsAny[Pass], ...] = Field(alias="pass", min_length=1)
     exports: tuple[Export, ...] = Field(default=(Export(),), alias="export", min_length=1, max_length=1)
     evaluate: Evaluate | None = None
+    gate: Gate | None = None
+    track: Track | None = None
 
     _source: Source | None = PrivateAttr(default=None)
 
@@ -137,7 +173,7 @@ class Plan(Settings):
 
     def canonical(self) -> dict[str, Any]:
         """Every setting, defaults included, less those that change no byte of the output: the plan's identity."""
-        data = self.model_dump(mode="json", by_alias=True, exclude={"run", "evaluate"})
+        data = self.model_dump(mode="json", by_alias=True, exclude={"run", "evaluate", "gate", "track"})
         data["run"] = {"refresh": self.run.refresh}
         data["pass"] = [{"use": p.use()} | p.model_dump(mode="json", by_alias=True) | _where(p) for p in self.passes]
         return data

@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from compress.errors import PlanError
+from compress.evals.results import Divergence, GateResult, Measured, TaskLine, TasksInfo
 from compress.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA_VERSION = 1
-_FINITE = BeforeValidator(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x)
-Measured = Annotated[float | None, _FINITE]
 PassSettings = Annotated[dict[str, JsonValue], BeforeValidator(to_jsonable_python)]  # takes tuples, paths and enums
 ErrorKind = Literal["gram", "diagonal", "weight"]  # the statistic behind an error: all of XᵀX, its diagonal, or none
 
@@ -117,18 +116,6 @@ class TextScore(Settings):  # nll is in nats per target; None: not finite
     nll: Measured
 
 
-class Divergence(Settings):
-    """KL(dense ‖ compressed) per token in nats, agreement of the top token, RMS change of the target's probability."""
-
-    kl_mean: Measured
-    kl_median: Measured
-    kl_p99: Measured
-    kl_p999: Measured
-    kl_max: Measured
-    top1_agreement: Measured
-    rms_delta_p: Measured
-
-
 class EvaluationLine(Settings):
     """One text, the convention it was scored by, and the scores. ``tokens`` counts the targets."""
 
@@ -166,6 +153,9 @@ class Report(Settings):
     linears: tuple[LedgerLine, ...] = ()
     blocks: tuple[BlockLine, ...] = ()
     evaluation: tuple[EvaluationLine, ...] = ()
+    tasks: tuple[TaskLine, ...] = ()
+    tasks_info: TasksInfo | None = None
+    gate: GateResult | None = None
     phases: dict[str, float] = Field(default_factory=dict)
     peak_memory_bytes: int
     estimated_memory_bytes: int
@@ -179,7 +169,19 @@ def write_report(report: Report, directory: Path | str) -> None:
     """Write report.json and report.html into `directory`, each replaced whole or left as it was."""
     settings: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True}
     templates = Templates(loader=FileSystemLoader(Path(__file__).parent), extensions=["jinja2.ext.do"], **settings)
-    words = (figure, human_bytes, human_seconds, percent, described, comparison, notices, _kinds, _decades, _steps)
+    words = (
+        figure,
+        human_bytes,
+        human_seconds,
+        percent,
+        described,
+        comparison,
+        notices,
+        _kinds,
+        _decades,
+        _steps,
+        signed,
+    )
     templates.globals.update({word.__name__.lstrip("_"): word for word in words}, log10=math.log10)
     # The page comes last: whatever happens to it, the numbers are safe.
     replace_text(Path(directory) / "report.json", report.model_dump_json(indent=2) + "\n")
@@ -267,6 +269,17 @@ def comparison(report: Report) -> list[tuple[str, str, str, str]]:
         if divergence:
             rows.append((f"KL to dense, {line.text}", "-", figure(divergence.kl_mean, "not finite"), "-"))
             rows.append((f"same top token, {line.text}", "-", percent(divergence.top1_agreement), "-"))
+    for task in report.tasks:
+        for metric in task.metrics:
+            old, new = metric.dense.value if metric.dense else None, metric.compressed.value
+            before = figure(old, "not finite" if metric.dense else "-")
+            rows.append((f"{metric.metric}, {task.task}", before, figure(new, "not finite"), change(old, new)))
+        if task.flips:
+            flipped = f"{task.flips.worse:,} worse, {task.flips.better:,} better"
+            rows.append((f"flips of {task.samples:,}, {task.task}", "-", flipped, "-"))
+        if task.divergence:
+            rows.append((f"KL to dense, {task.task}", "-", figure(task.divergence.kl_mean, "not finite"), "-"))
+            rows.append((f"same top token, {task.task}", "-", percent(task.divergence.top1_agreement), "-"))
     return rows
 
 
@@ -318,6 +331,11 @@ def percent(share: float | None) -> str:
     if share is None:
         return "-"
     return "< 0.01 %" if 0 < share < 5e-5 else "> 99.99 %" if 0.99995 <= share < 1 else f"{100 * share:.2f} %"
+
+
+def signed(share: float | None) -> str:
+    """A share as "-0.12 %", to two digits, whatever its sign and size."""
+    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def change(before: float | None, after: float | None) -> str:

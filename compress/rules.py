@@ -15,8 +15,11 @@ from compress.calibration.plan_source import SELF, located
 from compress.calibration.sources import is_file
 from compress.checkpoint import DTYPES
 from compress.errors import PlanError, nearest
+from compress.evals.planned import check_tasks
 from compress.export.formats import Format, known_formats
 from compress.passes.base import BlockPass, Invariant, LinearPass, SettingError, matches
+from compress.passes.structured import Structured
+from compress.track import check_track
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,16 +44,21 @@ RULES: dict[int, tuple[str, str]] = {
 }
 
 
-def check_order(plan: Plan, linears: Iterable[Linear]) -> None:
-    """Refuse passes that break what an earlier one established, or lack what they require, on any one linear."""
+def check_order(plan: Plan, stage: tuple[int, ...], linears: Iterable[Linear]) -> None:
+    """Refuse passes that break what an earlier one established, or lack what they require, on any one linear.
+
+    Structured pruning at the end of a `stage` changes every linear, also those that it does not read.
+    """
     checked: set[tuple[int, ...]] = set()
+    last = plan.passes[stage[-1]]
+    everywhere = {stage[-1]: last} if isinstance(last, Structured) else {}
     for linear in linears:
         key = tuple(index for index, _ in linear.passes)
         if key in checked and not any(one.where for one in plan.passes):
             continue
         checked.add(key)
         established: dict[Invariant, int] = {}
-        for index, one in linear.passes:
+        for index, one in (dict(linear.passes) | everywhere).items():
             missing = one.requires - set(established)
             broken = set(established) & ((set(established) - one.preserves) | one.breaks())
             if missing or broken:
@@ -127,9 +135,10 @@ def _unfit(plan: Plan, form: Format, reason: str, location: Location, fitting: l
     )
 
 
-def check_patterns(plan: Plan, names: list[str], head: str) -> None:
-    """Every glob must match something, and every pass must have something to do."""
-    for index, one in enumerate(plan.passes):
+def check_patterns(plan: Plan, stage: tuple[int, ...], names: list[str], head: str) -> None:
+    """Every glob must match something, and every pass of a stage must have something to do."""
+    for index in stage:
+        one = plan.passes[index]
         targets = [name for name in names if one.targets(name)]
         for pattern in one.match:
             if matches(head, (pattern,)) and not any(matches(name, (pattern,)) for name in names):
@@ -183,12 +192,13 @@ def check_calibration(lock: Lock) -> None:
 def check_passes(lock: Lock) -> None:
     """What passes say of the model and the calibration set, and what none of them can have."""
     plan = lock.plan
-    for index, one in enumerate(plan.passes):
+    for index in lock.stage:
+        one = plan.passes[index]
         try:
+            one.check_lock(lock, index)
             if one.where and not isinstance(one, LinearPass):
                 problem = f"{one.use()} works on many linears together: it has one set of settings"
                 raise SettingError(problem, "leave where out; match and except choose the linears", ("where", 0))
-            one.check_lock(lock, index)
         except SettingError as error:
             raise plan.refusal(index, error) from None
 
@@ -210,3 +220,5 @@ def check_texts(plan: Plan) -> None:
                 where=plan.source.where(location),
                 fix="correct the path; it is relative to the plan file",
             )
+    check_tasks(plan)
+    check_track(plan)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import Checkpoint, raw_bytes
+from compress.checkpoint import Checkpoint, raw_bytes, read_json
 from compress.errors import ModelError, RunError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Skeleton:
         from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.config, self.architecture = checkpoint, config, architecture
+        self.config_json = read_json(checkpoint.directory / "config.json")  # as written; a sketch is soon gone
         with torch.device("meta"):
             # A copy: the constructor writes choices such as the attention implementation into its configuration.
             self.model = AutoModelForCausalLM.from_config(

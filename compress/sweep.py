@@ -236,6 +236,7 @@ class Sweep:
                 owner.register_parameter(
                     name.rpartition(".")[2], nn.Parameter(settled.to(self.mode.dtype), requires_grad=False)
                 )
+        artifact |= {prefix + key: value.cpu() for key, value in block.found.items()}
         statistics.changed(block)
         if block.forward is not None:
             block.forward.store.forget()

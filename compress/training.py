@@ -99,6 +99,22 @@ class Store(Protocol):
         """Show progress."""
 
 
+class Watcher(Protocol):
+    """Takes part in a training: it sees the gradients of each step, and may change what is trained."""
+
+    def observe(self, step: int) -> None:
+        """After the backward of a step (from 0), before its gradients are clipped."""
+
+    def settled(self, steps: int) -> bool:
+        """Whether, after so many steps, it changes nothing more: only then losses can be compared."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What it must find again when the training is resumed."""
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+
+
 def train(
     parameters: dict[str, nn.Parameter],
     loss: Callable[[Tensor], Tensor],
@@ -107,6 +123,7 @@ def train(
     store: Store,
     share: Share | None = None,
     blame: Callable[[Tensor], str | None] | None = None,
+    watcher: Watcher | None = None,
 ) -> dict[str, float]:
     """Train `parameters` in place; at the end they have the values that were best on the held-out samples.
 
@@ -118,6 +135,7 @@ def train(
         store: keeps the state every `evaluate_every` steps.
         share: what of each batch this process takes, where there are several.
         blame: the first layer whose output is not finite on samples, by their indices.
+        watcher: takes part; until it has settled, no values are the best and training does not stop early.
 
     Returns:
         numbers for the ledger: steps, first and best held-out loss (or training loss without held-out samples).
@@ -137,25 +155,27 @@ def train(
     if found:
         numbers = dict(found[1])  # the journal's own stays
         _restore(parameters, optimizer, best, found[0])
+        if watcher:
+            watcher.restore(found[0])
     else:
         numbers["first"] = numbers["best"] = _held_out(loss, held, settings, 0, share) if len(held) else math.inf
     step = int(numbers["step"])
     running = math.nan
     while step < settings.steps and numbers["waited"] < settings.patience:
-        running = _step(parameters, optimizer, loss, chosen, settings, step, share, blame)
+        running = _step(parameters, optimizer, loss, chosen, settings, step, share, blame, watcher)
         if not math.isfinite(numbers["first"]):
             numbers["first"] = running
         step += 1
         if step % settings.evaluate_every == 0 or step == settings.steps:
             watched = _held_out(loss, held, settings, step, share) if len(held) else running
-            if watched < numbers["best"] or not len(held):
+            if watched < numbers["best"] or not len(held) or not (watcher is None or watcher.settled(step)):
                 numbers["best"], numbers["waited"] = watched, 0.0
                 for name, p in parameters.items():
                     best[name].copy_(p.detach())
             else:
                 numbers["waited"] += 1
             numbers["step"] = float(step)
-            store.save(_state(parameters, optimizer, best), numbers)
+            store.save(_state(parameters, optimizer, best) | (watcher.state() if watcher else {}), numbers)
             store.report(step, settings.steps, running, watched if len(held) else None)
     with torch.no_grad():
         for name, p in parameters.items():
@@ -172,6 +192,7 @@ def _step(
     step: int,
     share: Share,
     blame: Callable[[Tensor], str | None] | None,
+    watcher: Watcher | None,
 ) -> float:
     """One step of the optimizer; returns the mean loss."""
     for group in optimizer.param_groups:
@@ -191,6 +212,8 @@ def _step(
     wrong = next((name for name, one in gradients.items() if not bool(torch.isfinite(one).all())), None)
     if share.mean(float(wrong is not None)):
         raise _not_finite("a gradient is not finite", step, wrong or "in another process")
+    if watcher:
+        watcher.observe(step)
     torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm, foreach=False)
     optimizer.step()
     return total

@@ -526,9 +526,14 @@ def test_ctrl_c_at_other_moments(
         os.kill(os.getpid(), signal.SIGTERM if "export" in moment else signal.SIGINT)
         time.sleep(1)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(moment, interrupted)
-        result = command(capsys, "plan.toml")
+    # A shell may have started this process, as its background job, with SIGINT ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(moment, interrupted)
+            result = command(capsys, "plan.toml")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert result.code == 130
     assert "interrupted; " in result.err
     assert not (folder / "out").exists()

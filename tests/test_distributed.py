@@ -19,7 +19,7 @@ from compress.distributed import Share, World
 from compress.export.reader import open_model
 from tests.conftest import ROOT, files_of, tiny_directory
 
-PLAN = """\
+HEAD = """\
 [model]
 path = "model"
 [calibration]
@@ -31,10 +31,9 @@ packing = "documents"
 output = "{output}"
 device = "cpu"
 threads = 1
-[[pass]]
-use = "wanda"
-pattern = "2:4"
 """
+WANDA = '[[pass]]\nuse = "wanda"\npattern = "2:4"\n'
+PLAN = HEAD + WANDA
 TRAIN = """\
 [[pass]]
 use = "perp"
@@ -72,8 +71,8 @@ def source(folder: Path) -> None:
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def start(folder: Path, output: str, processes: int, passes: str) -> subprocess.Popen[str]:
-    text = (PLAN + passes).replace("{output}", output).replace("text.txt", "text.jsonl")
+def start(folder: Path, output: str, processes: int, passes: str, head: str = PLAN) -> subprocess.Popen[str]:
+    text = (head + passes).replace("{output}", output).replace("text.txt", "text.jsonl")
     (folder / f"{output}.toml").write_text(text, encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "compress", f"{output}.toml"]
@@ -84,8 +83,8 @@ def start(folder: Path, output: str, processes: int, passes: str) -> subprocess.
     )
 
 
-def run(folder: Path, output: str, processes: int, passes: str) -> tuple[int, str, str]:
-    process = start(folder, output, processes, passes)
+def run(folder: Path, output: str, processes: int, passes: str, head: str = PLAN) -> tuple[int, str, str]:
+    process = start(folder, output, processes, passes, head)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -99,6 +98,21 @@ def compare(first: Path, second: Path) -> None:
         assert torch.equal(a == 0, b == 0) or "weight" not in name or "proj" not in name, name
         assert float((a - b).abs().max()) <= 2e-3 * float(a.abs().max()), name  # AdamW divides by small gradients
         assert float((a - b).norm()) <= 2e-4 * float(a.norm()), name
+
+
+@pytest.mark.slow
+def test_processes_take_part_in_all_stages(tmp_path: Path) -> None:
+    """Training before and behind structured pruning; the second one has a smaller model, and the first as teacher."""
+    source(tmp_path)
+    before = '[[pass]]\nuse = "perp"\ntrain = ["norms"]\nsteps = 3\n'
+    width = '[[pass]]\nuse = "width"\nchannels = 0.5\nhidden = 0.25\nmultiple = 8\n'
+    passes = before + width + WANDA + TRAIN.replace("16", "8")
+    for output, processes in (("alone", 1), ("several", 2)):
+        status, _, err = run(tmp_path, output, processes, passes, head=HEAD)
+        assert status == 0, err
+    compare(tmp_path / "alone", tmp_path / "several")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["alone", "alone.toml", "model", "several", "several.toml", "text.jsonl", "text.txt"]
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])

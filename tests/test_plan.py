@@ -522,7 +522,7 @@ def test_the_schema_and_the_parser_refuse_bad_plans(case: str) -> None:
 def test_the_schema_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     schema = json.loads(command(capsys, "schema").out)
     assert schema == json_schema()
-    assert schema["properties"].keys() == {"model", "calibration", "run", "pass", "export", "evaluate"}
+    assert schema["properties"].keys() == {"model", "calibration", "run", "pass", "export", "evaluate", "gate", "track"}
 
     def walk(value: Any, see: Callable[[dict[str, Any]], None]) -> None:
         for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -48,7 +48,7 @@ class Factor:
 
 @dataclass
 class Moments:
-    """Sums over the tokens seen: `squares` (in,) = Σ x², and `gram` (in, in) = Σ x xᵀ when GRAM was asked for.
+    """Sums over the tokens seen: `squares` (in,) = Σ x², and with GRAM `gram` (in, in) = Σ x xᵀ and `sums` (in,) = Σ x.
 
     float32 throughout; padding never enters (`add` takes real tokens only).
     """
@@ -60,6 +60,7 @@ class Moments:
 
     def __post_init__(self) -> None:
         self._squares = torch.zeros(self.in_features, device=self.device)
+        self.sums = torch.zeros(self.in_features, device=self.device)
         self._lower: Tensor | None = None
         if self.statistics is Statistics.GRAM:
             self._lower = torch.zeros(self.in_features, self.in_features, device=self.device)
@@ -73,6 +74,7 @@ class Moments:
         if self._lower is None:
             self._squares += (x * x).sum(0)  # ten times as fast as vector_norm over rows
             return
+        self.sums += x.sum(0)
         # Only the lower triangle, panel by panel: about half of the multiplications of XᵀX.
         for start, stop in self._panels():
             self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
@@ -87,6 +89,7 @@ class Moments:
         if other._lower is None:
             raise ValueError("a Gram matrix cannot be merged with column norms")
         self._lower += other._lower
+        self.sums += other.sums
 
     def rescaled(self, scale: Tensor) -> Moments:
         """The moments of ``x ⊙ scale``, scale (in,)."""
@@ -95,6 +98,7 @@ class Moments:
             other._squares = self._squares * scale.square()
         else:
             other._lower = (self._lower * scale).mul_(scale.unsqueeze(1))
+            other.sums = self.sums * scale
         return other
 
     @property

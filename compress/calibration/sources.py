@@ -133,7 +133,7 @@ class FileRows(Documents):
 
     def __iter__(self) -> Iterator[Document]:
         """Yield one document per row."""
-        rows = _parquet_rows(self.path, self.column) if _suffix(self.path) == ".parquet" else _json_rows(self.path)
+        rows = _parquet_rows(self.path, self.column) if _suffix(self.path) == ".parquet" else json_rows(self.path)
         return _documents(rows, self.column, self.where)
 
 
@@ -327,7 +327,8 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row of a .jsonl or .json file, with its place for messages. Raises PlanError where there is no JSON."""
     if _suffix(path) == ".json":
         text = _decode(_read(path), path)
         if text.lstrip().startswith("["):

@@ -24,8 +24,9 @@ from compress.calibration.plan_source import load_tokenizer, located
 from compress.calibration.sources import whole_text
 from compress.calibration.tokens import eval_stream
 from compress.errors import PlanError
+from compress.evals.results import Divergence
 from compress.export.reader import open_model
-from compress.report import Divergence, EvaluationLine, TextScore
+from compress.report import EvaluationLine, TextScore
 from compress.stream import Activations, Skeleton
 from compress.walk import batch_rows
 
@@ -150,7 +151,7 @@ def last_hidden(skeleton: Skeleton, ids: Tensor, folder: Path, *, keep: bool) ->
 
 
 @dataclass
-class _Scores:
+class Scores:
     """Per target, of each model: −log p; and of both: KL, agreement, difference of the target's probability."""
 
     nll: list[list[Tensor]] = field(default_factory=lambda: [[], []])
@@ -193,8 +194,8 @@ class _Scores:
         )
 
 
-def _score(models: list[Skeleton], windows: Windows, *, keep: bool) -> _Scores:
-    scores = _Scores()
+def _score(models: list[Skeleton], windows: Windows, *, keep: bool) -> Scores:
+    scores = Scores()
     with tempfile.TemporaryDirectory(prefix="compress-eval-") as folder:
         folders = [Path(folder, str(number)) for number in range(len(models))]
         for path in folders:

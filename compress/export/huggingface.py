@@ -14,6 +14,7 @@ from compress.export.adapter import FOLDER as ADAPTER
 from compress.export.adapter import PREFIX, write_config
 from compress.passes.base import BlockPass, ModelPass
 from compress.state import kept_of, pack_bits
+from compress.structure import CutTensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +108,7 @@ def _block_parameters(lock: Lock) -> dict[str, tuple[int, str]]:
     return {lock.skeleton.stored[name]: (block, name) for block, name in names}
 
 
-def export(lock: Lock, lock_json: dict[str, Any], tensors: FinalTensors, directory: Path) -> None:
+def export(lock: Lock, lock_json: dict[str, Any], tensors: FinalTensors | CutTensors, directory: Path) -> None:
     """Write the model, its plan and `lock_json` into `directory`, which must be empty, a tensor at a time."""
     for shard in lock.shards:
         write_shard(shard, directory, tensors)
@@ -121,8 +122,10 @@ def export(lock: Lock, lock_json: dict[str, Any], tensors: FinalTensors, directo
         write_shard(lock.adapter, folder, tensors)
         write_config(lock, folder, base=lock.plan.run.output.rpartition("/")[2])
     quantization = lock.form.config(lock) if any(lock.form.holds(linear) for linear in lock.linears) else None
+    config = tensors.config() if isinstance(tensors, CutTensors) else None
     if quantization:
         config = read_json(lock.directory / "config.json") | {"quantization_config": quantization}
+    if config:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (directory / "plan.toml").write_text(lock.plan.source.text, encoding="utf-8")
     text = json.dumps(lock_json, indent=1, sort_keys=True)

@@ -1,13 +1,13 @@
 """torch's operators for packed integers on a CPU: 4 bits in groups, 8 bits by row, with activations in bfloat16.
 
-`_weight_int4pack_mm_for_cpu` multiplies with ``w = (code − 8) · scale + zero``, codes 0 … 15, scale and zero in bfloat16
+`_weight_int4pack_mm_for_cpu` multiplies with ``w = (code − 8) · scale + zero``, codes 0 … 15, scale and zero bfloat16
 for 32, 64, 128 or 256 columns. A grid ``w = scale · (code − z)`` becomes that in these ways; all but the last are exact
 where bfloat16 holds the scales:
 
     2, 3 bits           one plane: code' = code − z + 8 is in 0 … 15 for every zero-point, zero = 0
     4 bits, symmetric   one plane: z = 8, zero = 0
     8 bits, symmetric   two planes: code = 16 h + l, so w = (h − 8) · 16 scale  +  (l − 8) · scale + 8 scale
-    asymmetric          4 bits: zero = (8 − z) · scale; 8 bits: (128 − z) · scale in the first plane. Rounded to bfloat16
+    asymmetric          4 bits: zero = (8 − z) · scale; 8 bits: (128 − z) · scale in the first plane; as bfloat16
 
 A group of other columns, a row too, is cut into groups that the operator takes. Columns that 2:4 does not store have
 the code of 0: on a CPU they take part like others. `_weight_int8pack_mm` takes one scale per row: ``w = code · scale``.

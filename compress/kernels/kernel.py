@@ -93,8 +93,6 @@ class Kernel(nn.Module):
 
 
 def ready(x: Tensor, dtype: torch.dtype, alignment: int = 64) -> Tensor:
-    """x (rows, in) as operators want it that read whole vectors: in `dtype`, contiguous, and aligned in memory."""
+    """X (rows, in) as operators want it that read whole vectors: in `dtype`, contiguous, and aligned in memory."""
     x = x.to(dtype).contiguous()
     return x.clone() if x.data_ptr() % alignment else x
-
-

@@ -18,15 +18,19 @@ from compress.passes.base import (
     Survey,
     Where,
 )
+from compress.passes.depth import DepthPruning
 from compress.passes.eora import EoRA
 from compress.passes.gptq import GPTQ
+from compress.passes.loraprune import LoRAPrune
 from compress.passes.lqlora import LQLoRA
 from compress.passes.magnitude import Magnitude
 from compress.passes.peqa import PEQA
 from compress.passes.perp import PERP
 from compress.passes.rtn import RTN
 from compress.passes.sparsegpt import SparseGPT
+from compress.passes.structured import Structured
 from compress.passes.wanda import Wanda
+from compress.passes.width import WidthPruning
 
 __all__ = [
     "AWQ",
@@ -36,14 +40,16 @@ __all__ = [
     "RTN",
     "BlockPass",
     "BlockState",
+    "DepthPruning",
     "EoRA",
     "GridSettings",
     "Invariant",
     "LQLoRA",
     "LinearPass",
     "LinearState",
-    "ModelPass",
+    "LoRAPrune",
     "Magnitude",
+    "ModelPass",
     "Moments",
     "Note",
     "Pass",
@@ -51,7 +57,9 @@ __all__ = [
     "QuantizingPass",
     "SparseGPT",
     "Statistics",
+    "Structured",
     "Survey",
     "Wanda",
     "Where",
+    "WidthPruning",
 ]

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.architecture import Architecture, Scaling
-    from compress.calibration.moments import Moments
 
 
 class AWQ(BlockPass):
@@ -56,7 +55,9 @@ class AWQ(BlockPass):
         left = [name for name in targets if name not in scaled and name in quantized]
         if left and ("match" in self.model_fields_set or not scaled):
             fits = sorted({name for one in _usable(architecture, config) for name in one.inputs})
-            problem = f"nothing that precedes {left[0]} can take its scale, or linears that share its input are left out"
+            problem = (
+                f"nothing that precedes {left[0]} can take its scale, or linears that share its input are left out"
+            )
             raise SettingError(problem, f"match whole sets of {', '.join(fits)}", ("match",))
         return sorted(scaled | {one.by for one in usable if not one.norm})
 
@@ -76,12 +77,16 @@ class AWQ(BlockPass):
             _absorb(one, block, scale, rows, columns)
         return notes
 
-    def _search(self, one: Scaling, block: BlockState, rows: Tensor | None, columns: Tensor | None) -> tuple[float, Tensor]:
+    def _search(
+        self, one: Scaling, block: BlockState, rows: Tensor | None, columns: Tensor | None
+    ) -> tuple[float, Tensor]:
         """The best exponent and its scale (in,)."""
         moments = block.moments[one.inputs[0]]
         power = moments.squares / max(1, moments.tokens)  # (in,) mean square
         if columns is not None:  # channels that several columns read
-            power = power.index_put((columns.flatten(),), power[columns].mean(1, keepdim=True).expand_as(columns).flatten())
+            power = power.index_put(
+                (columns.flatten(),), power[columns].mean(1, keepdim=True).expand_as(columns).flatten()
+            )
         rms = power.sqrt()
         alive = rms > 0
         best, least, chosen = 0.0, float("inf"), torch.ones_like(rms)
@@ -116,7 +121,7 @@ def _rounded(linear: LinearState, scale: Tensor, settings: GridSettings) -> Tens
 
 
 def _channels(one: Scaling, block: BlockState) -> tuple[Tensor | None, Tensor | None]:
-    """Rows (channels,) of the linear that takes the scale, and for each the columns (channels, readers) that read it."""
+    """Rows (channels,) of the linear that takes the scale, and the columns (channels, readers) that read each."""
     if one.norm:
         return None, None
     width = next(w for w in block.architecture.widths if w.name == one.width)

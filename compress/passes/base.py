@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -27,19 +27,31 @@ from pydantic import (
     model_validator,
 )
 
-from compress.architecture import Architecture
 from compress.calibration.moments import Moments, Statistics
 from compress.errors import nearest
-from compress.settings import Settings
 from compress.grid import GridSpec
+from compress.settings import Settings
 from compress.state import LinearState, Pattern
 
 if TYPE_CHECKING:
+    from compress.architecture import Architecture
     from compress.barrier import WholeModel
     from compress.lock import Lock
     from compress.reconstruct import BlockForward
 
-__all__ = ["BlockPass", "BlockState", "Invariant", "LinearPass", "LinearState", "Moments", "Note", "Pass", "Statistics", "Survey", "Where"]
+__all__ = [
+    "BlockPass",
+    "BlockState",
+    "Invariant",
+    "LinearPass",
+    "LinearState",
+    "Moments",
+    "Note",
+    "Pass",
+    "Statistics",
+    "Survey",
+    "Where",
+]
 
 
 class Invariant(StrEnum):
@@ -247,7 +259,8 @@ class BlockState:
     """One decoder block, as a block pass sees it; names are those within the block.
 
     A pass changes the states of `linears`, replaces `parameters` (norms and biases, float32) by new tensors, and
-    `moments` where it changed what a linear reads.
+    `moments` where it changed what a linear reads. What structured pruning finds goes into `found`, by the keys of
+    `compress.structure`.
     """
 
     architecture: Architecture
@@ -257,6 +270,7 @@ class BlockState:
     parameters: dict[str, torch.Tensor]
     followers: dict[str, Pass | None]  # the pass that will quantize the linear
     forward: BlockForward | None = None  # runs the block, for a pass that learns
+    found: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class BlockPass(Pass):
@@ -267,6 +281,10 @@ class BlockPass(Pass):
     def needed(self) -> Statistics:
         """The statistics that this configured pass needs of each linear's input."""
         return self.statistics
+
+    def needed_of(self, linear: str, architecture: Architecture, config: Any) -> Statistics:
+        """The statistics that it needs of the input of one linear that it takes, by its name in the block."""
+        return self.needed()
 
     def takes(self, architecture: Architecture, config: Any, targets: list[str], quantized: set[str]) -> list[str]:
         """Which linears of a block it works on, by names in the block. Raises SettingError.
@@ -330,8 +348,12 @@ class PruningPass(LinearPass):
         """The group of a pattern must divide the input width."""
         if self.pattern and in_features % self.pattern.group:
             fits = [m for m in (2, 4, 8, 16, 32) if in_features % m == 0]
-            problem = f"pattern {self.pattern} needs an input width that {self.pattern.group} divides, not {in_features}"
-            raise SettingError(problem, f"choose M among {', '.join(map(str, fits)) or 'none'}, or except these linears")
+            problem = (
+                f"pattern {self.pattern} needs an input width that {self.pattern.group} divides, not {in_features}"
+            )
+            raise SettingError(
+                problem, f"choose M among {', '.join(map(str, fits)) or 'none'}, or except these linears"
+            )
 
 
 class GridSettings(Settings):

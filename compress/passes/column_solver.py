@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.passes.base import GridSettings
     from compress.grid import Grid
+    from compress.passes.base import GridSettings
 
 
 class ColumnRule(Protocol):
@@ -149,7 +149,7 @@ def solve_columns(
 
 
 def _block_size(wanted: int, groups: list[int]) -> int:
-    """A block near `wanted` in which every group lies whole, or which whole blocks make up: else `begin` misses updates.
+    """A block near `wanted` in which groups lie whole, or which whole blocks make up: else `begin` misses updates.
 
     Groups up to `wanted` must divide the block, and the block must divide the larger ones.
     """

@@ -26,9 +26,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from compress.grid import GridSpec
 from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Statistics
 from compress.passes.grid_search import fit_groups, grid_of
-from compress.grid import GridSpec
 from compress.state import LowRank
 
 

@@ -36,10 +36,10 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.errors import PlanError, RunError
+from compress.grid import Grid, GridSpec, ScaleCodes, ScaleSpec, normal_float
 from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Survey
 from compress.passes.bit_budget import allocate
 from compress.passes.eora import balanced, left_singular
-from compress.grid import Grid, GridSpec, ScaleCodes, ScaleSpec, normal_float
 from compress.state import LowRank
 
 if TYPE_CHECKING:

@@ -25,9 +25,13 @@ class Magnitude(PruningPass):
     @model_validator(mode="after")
     def _scope_fits(self) -> Magnitude:
         if self.count is not None and (self.scope != "layer" or self.pattern):
-            raise SettingError("count counts the weights of a layer", 'write scope = "layer" with count, and no pattern')
+            raise SettingError(
+                "count counts the weights of a layer", 'write scope = "layer" with count, and no pattern'
+            )
         if self.surveys() and any("sparsity" in t.overrides() and "scope" not in t.overrides() for t in self.where):
-            raise SettingError("a global sparsity cannot differ by linear", "except those linears; prune them in a second pass")
+            raise SettingError(
+                "a global sparsity cannot differ by linear", "except those linears; prune them in a second pass"
+            )
         return self
 
     def surveys(self) -> bool:

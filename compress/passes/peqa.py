@@ -5,9 +5,10 @@
 small that a rate for s itself would have to be as small; it is kept positive, and rounded to the dtype in which it is
 stored before anything is measured. A code of 0 stays 0, so the mask stays for free.
 
-One set of codes can have several sets of scales, one per task: passes with a `name`, each with a text of its own (`source`),
-all begin with the scales that the quantizer left. They are the last passes of a plan; `compress.export.scales` says
-what is written. The layer-wise closed form is `rescale` of the quantizers (`grid_search.rescaled`).
+One set of codes can have several sets of scales, one per task: passes with a `name`, each with a text of its own
+(`source`), all begin with the scales that the quantizer left. They are the last passes of a plan;
+`compress.export.scales` says what is written. The layer-wise closed form is `rescale` of the quantizers
+(`grid_search.rescaled`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pydantic import Field, field_validator
 
 from compress.calibration.plan_source import make_tokens
 from compress.calibration.sources import SUFFIXES
+from compress.end_to_end import Loss, train_whole
 from compress.errors import nearest
 from compress.passes.base import Invariant, ModelPass, Note, Pass, SettingError
-from compress.end_to_end import Loss, train_whole
 from compress.training import Training
 
 if TYPE_CHECKING:

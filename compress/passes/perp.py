@@ -1,12 +1,13 @@
 """PERP: retrain few parameters after pruning (Zimmer et al. 2023, arXiv 2312.15230).
 
 What may learn: `norms`, `biases`, `embeddings`, `head`, `low_rank` (in the forms of `compress.adapting`) or `weights`
-(every weight that a mask leaves). Masks stay bit for bit; on a grid only a branch beside it may learn.
+(every weight that a mask leaves); `all` is every parameter, as in the recovery of Minitron (Muralidharan et
+al. 2024, arXiv 2407.14679). Masks stay bit for bit; on a grid only a branch beside it may learn.
 
 `mode = "end-to-end"` minimizes the loss of `compress.end_to_end` over the calibration set.
 
-`mode = "reconstruct"` trains block by block in a sweep, with ``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²``, x the inputs that the
-compressed blocks before it give (section 3.2 of the paper): no more than two blocks are ever in memory.
+`mode = "reconstruct"` trains block by block in a sweep, with ``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²``, x the inputs
+that the compressed blocks before it give (section 3.2 of the paper): no more than two blocks are ever in memory.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compress.adapting import AdaptedLinear, Form, kind_of
-from compress.passes.base import BlockPass, BlockState, Invariant, ModelPass, Note, SettingError, Statistics
 from compress.end_to_end import Loss, train_whole
+from compress.passes.base import BlockPass, BlockState, Invariant, ModelPass, Note, SettingError, Statistics
 from compress.training import Training, train
 
 if TYPE_CHECKING:
@@ -27,20 +28,24 @@ if TYPE_CHECKING:
     from compress.barrier import WholeModel
     from compress.lock import Lock
 
-Trained = Literal["norms", "biases", "embeddings", "head", "low_rank", "weights"]
+Trained = Literal["norms", "biases", "embeddings", "head", "low_rank", "weights", "all"]
 
 
 class PERP(Training, BlockPass, ModelPass):
     """Retrain few parameters, on the language-model loss or towards the dense model; masks and codes stay."""
 
-    train: tuple[Trained, ...] = Field(default=("norms", "biases", "low_rank"), min_length=1, description="what may learn")
+    train: tuple[Trained, ...] = Field(
+        default=("norms", "biases", "low_rank"), min_length=1, description="what may learn"
+    )
     variant: Literal["lora", "lora-prune", "masklora", "scalelora"] = Field(
         default="lora", description="form of low_rank: a branch that stays, or one that is merged under the mask"
     )
     rank: int = Field(default=8, ge=1, description="of low_rank, where there is no branch yet")
     alpha: float | None = Field(default=None, gt=0, description="low_rank counts alpha / rank; default: 2 · rank")
     extend: bool = Field(default=False, description="leave a branch that is there, and learn rank more beside it")
-    mode: Literal["end-to-end", "reconstruct"] = Field(default="end-to-end", description="whole model, or block by block")
+    mode: Literal["end-to-end", "reconstruct"] = Field(
+        default="end-to-end", description="whole model, or block by block"
+    )
     distill: float = Field(default=0.0, ge=0, le=1, description="share of the loss that compares with the dense model")
     temperature: float = Field(default=1.0, gt=0, description="of that comparison")
     hidden: float = Field(default=0.0, ge=0, description="weight of the comparison of hidden states")
@@ -55,6 +60,8 @@ class PERP(Training, BlockPass, ModelPass):
 
     @model_validator(mode="after")
     def _fits(self) -> PERP:
+        if "all" in self.train and len(self.train) > 1:
+            raise SettingError("all excludes the others", 'write train = ["all"]', ("train",))
         if "weights" in self.train and "low_rank" in self.train:
             raise SettingError("weights and low_rank exclude each other", 'leave one out of "train"', ("train",))
         if self.mode == "reconstruct" and {"embeddings", "head"} & set(self.train):
@@ -75,9 +82,17 @@ class PERP(Training, BlockPass, ModelPass):
         return self
 
     @property
+    def trained(self) -> frozenset[str]:
+        """What may learn, `all` spelled out."""
+        if "all" not in self.train:
+            return frozenset(self.train)
+        inside = frozenset({"norms", "biases", "weights"})
+        return inside if self.mode == "reconstruct" else inside | {"embeddings", "head"}
+
+    @property
     def form(self) -> Form:
         """What becomes of the linears."""
-        return "weights" if "weights" in self.train else self.variant if "low_rank" in self.train else "fixed"
+        return "weights" if "weights" in self.trained else self.variant if "low_rank" in self.train else "fixed"
 
     def barrier(self) -> bool:
         """Only end to end needs the whole model."""
@@ -118,11 +133,16 @@ class PERP(Training, BlockPass, ModelPass):
         if skeleton.tied and skeleton.stored[skeleton.head] == skeleton.stored[skeleton.embedding]:
             self._refuse_parting()
         targets = [linear.name for linear in lock.linears if index in dict(linear.passes)]
-        if set(self.train) == {"biases"} and not any(f"{name}.bias" in skeleton.stored for name in targets):
+        if self.trained == {"biases"} and not any(f"{name}.bias" in skeleton.stored for name in targets):
             raise _nothing(self.train)  # every model has all else
+        mine, whole = lock.sizes, lock.root.sizes
+        if self.hidden and (mine.hidden, mine.blocks) != (whole.hidden, whole.blocks):
+            problem = f"the dense model has {whole.blocks} blocks and a hidden width of {whole.hidden}"
+            problem += f", the smaller one {mine.blocks} and {mine.hidden}: their hidden states do not compare"
+            raise SettingError(problem, "leave hidden out; distill compares what both predict", ("hidden",))
 
     def _refuse_parting(self) -> None:
-        if "head" in self.train and "embeddings" not in self.train:
+        if "head" in self.trained and "embeddings" not in self.trained:
             problem = "the head is tied to the embeddings: training it alone would part them"
             raise SettingError(problem, 'write "embeddings" too, which trains the one tensor', ("train",))
 
@@ -154,10 +174,12 @@ class PERP(Training, BlockPass, ModelPass):
         if whole[skeleton.head] is whole[skeleton.embedding]:
             self._refuse_parting()
         named = {skeleton.embedding: "embeddings", skeleton.head: "head"}
+        every = "all" in self.train  # positions, too
         return {
             name: p
             for name, p in model.module.named_parameters()  # a tied one comes once, as the embedding
-            if (named.get(name) or kind_of(model.module, name, modules)) in self.train
+            if (named.get(name) or kind_of(model.module, name, modules)) in self.trained
+            or (every and name.rpartition(".")[0] not in modules)
         }
 
     # ------------------------------------------------------------ reconstruct
@@ -177,7 +199,7 @@ class PERP(Training, BlockPass, ModelPass):
                 state, bias, self.form, rank=self.rank, alpha=self._alpha(), seed=seed, extend=self.extend
             )
         live = block.forward.install(modules)
-        others = {name: p for name, p in live.items() if kind_of(block.forward.learning, name, modules) in self.train}
+        others = {name: p for name, p in live.items() if kind_of(block.forward.learning, name, modules) in self.trained}
         parameters = self._adapted(modules, others)
         if not parameters:
             return {}

@@ -41,7 +41,9 @@ AT_MOST_TWO = [kept for kept in range(16) if kept.bit_count() <= 2]
 
 @quick
 @given(st.integers(1, 4), st.integers(1, 9), st.data())
-def test_positions_are_the_kept_columns_filled_up_with_the_first_others(out: int, groups: int, data: st.DataObject) -> None:
+def test_positions_are_the_kept_columns_filled_up_with_the_first_others(
+    out: int, groups: int, data: st.DataObject
+) -> None:
     row = st.lists(st.sampled_from(AT_MOST_TWO), min_size=groups, max_size=groups)
     rows = data.draw(st.lists(row, min_size=out, max_size=out))
     packed = pack_positions(mask_of(rows))
@@ -112,7 +114,9 @@ def grid_of(spec: GridSpec, out: int, width: int, dtype: torch.dtype, seed: int)
     return Grid(spec, scale, zero, codes, second)
 
 
-def packed(layout: Layout, weight: Tensor | Grid, mask: Tensor | None, branch: LowRank | None = None) -> dict[str, Tensor]:
+def packed(
+    layout: Layout, weight: Tensor | Grid, mask: Tensor | None, branch: LowRank | None = None
+) -> dict[str, Tensor]:
     """Every tensor, whose dtypes and shapes must be those of the layout."""
     parts = {suffix: pack_part(layout, suffix, weight, mask, branch) for suffix in layout.tensors()}
     layout.check({suffix: (part.dtype, tuple(part.shape)) for suffix, part in parts.items()})

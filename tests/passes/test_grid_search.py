@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.passes.grid_search import SHRINK, fit, fit_groups, grid_of
 from compress.grid import GridSpec
+from compress.passes.grid_search import SHRINK, fit, fit_groups, grid_of
 from tests.passes import draw
 
 BITS = [2, 3, 4, 8]

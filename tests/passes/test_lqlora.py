@@ -20,13 +20,13 @@ from compress.calibration.fisher import diagonal_fisher
 from compress.calibration.plan_source import make_tokens
 from compress.errors import PlanError, RunError
 from compress.export.reader import open_model
+from compress.grid import Grid, normal_float
 from compress.invariants import check_invariants
 from compress.lock import compile_plan
 from compress.passes import RTN, LinearState, Magnitude, Wanda
 from compress.passes.base import Invariant
 from compress.passes.bit_budget import allocate
 from compress.passes.lqlora import EXACT, LQLoRA, Norm, decompose, least_error, low_rank, second_level
-from compress.grid import Grid, normal_float
 from compress.state import LowRank
 from tests.conftest import tiny_directory
 from tests.passes import NOTHING, draw, state_of

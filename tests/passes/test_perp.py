@@ -220,6 +220,23 @@ def test_only_what_is_asked_for_learns(
 
 
 @pytest.mark.parametrize("mode", ["end-to-end", "reconstruct"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_all_learns(
+    family: str, mode: str, sources: Callable[..., Path], pruned: Callable[..., Path], tmp_path: Path, watch: Watch
+) -> None:
+    """Every parameter (of the blocks, when it is block by block) that the mask leaves, and no pruned weight."""
+    compress.run(
+        plan_of(sources(family), tmp_path / "out", Wanda(pattern="2:4"), PERP(train=("all",), mode=mode, **SHORT))
+    )
+    before, after = weights_of(pruned(family)), weights_of(tmp_path / "out")
+    inside = {name for name in before if ".layers." in name or ".h." in name}
+    assert changed(before, after) == (inside if mode == "reconstruct" else set(before))
+    linears = [name for name in inside if before[name].ndim == 2]
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in linears)
+    assert all(last < first for first, last in watch.losses)
+
+
+@pytest.mark.parametrize("mode", ["end-to-end", "reconstruct"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_variants(

@@ -1,0 +1,336 @@
+"""The gate: is a model still as good as its baseline, judged sample by sample.
+
+For each judged metric of each task, with the margin m that the plan states:
+
+- **pass**: the upper bound of the loss, at level alpha, is below m (non-inferiority; Piaggio et al. 2012). That all
+  must pass needs no correction: a model that is worse by m on any task passes at most at rate alpha.
+- **fail**: the loss is beyond m, and the model is worse at all, at level alpha after Holm's correction over all
+  comparisons: a model that is no worse fails at most at rate alpha.
+- **inconclusive**: neither; there are too few samples for this margin.
+
+A model whose answers are those of the baseline, bit for bit, passes whatever their number. One with log-likelihoods
+that are not finite fails, and an answer that is a tie now and was none counts as wrong: argmax takes the first choice,
+and would call a model that says NaN or the same to everything perfect on minimal pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress import __version__
+from compress.errors import PlanError, nearest
+from compress.evals import statistics
+from compress.evals.harness import not_finite
+from compress.evals.results import Comparison, Flips, GateResult, Kind, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from compress.evals.outcomes import Outcomes, Sample, Task
+    from compress.evals.results import TokenLine
+    from compress.evals.statistics import Bounds
+    from compress.plan import Gate
+
+    Pair = tuple[Sample, Sample]
+
+PERPLEXITIES = ("perplexity", "weighted_perplexity", "bits_per_byte")
+LOGLIKELIHOOD = "loglikelihood"  # of the right answer of a multiple choice: ours, lm-eval has no such metric
+
+
+def compare(
+    found: Outcomes, baseline: Outcomes, settings: Gate, *, name: str, tokens: tuple[TokenLine, ...] = ()
+) -> GateResult:
+    """Judge outcomes against a baseline.
+
+    Args:
+        found: of the model in question.
+        baseline: of the model to be as good as.
+        settings: margins and levels.
+        name: names the baseline.
+        tokens: divergence token by token, to go with the result.
+
+    Raises:
+        PlanError: they do not compare: another harness, batch size, tokenizer, prompt or set of samples.
+    """
+    check_conditions(found, baseline, name)
+    _check_metrics(found, settings)
+    comparisons: list[Comparison] = []
+    notes = _differences(found, baseline)
+    for task in found.tasks:
+        pairs = pair(task.name, found.samples[task.name], baseline.samples[task.name], name)
+        comparisons += _task(task, pairs, settings)
+        broken = not_finite(found.samples[task.name])
+        ties = sum(_newly_tied(both) for both in pairs)
+        if ties:
+            notes.append(f"{task.name}: {ties:,} answers are ties that were none in the baseline; they count as wrong")
+        if broken:
+            notes.append(
+                f"{task.name}: {broken:,} of {task.samples:,} samples have log-likelihoods that are not finite"
+            )
+    judged = [index for index, one in enumerate(comparisons) if one.margin is not None]
+    if not judged:
+        raise PlanError("no metric of these tasks can be judged", where=name, fix="give a task with an accuracy")
+    corrected = statistics.holm([_p(comparisons[index]) for index in judged])
+    for index, p in zip(judged, corrected, strict=True):
+        comparisons[index] = _judge(comparisons[index].model_copy(update={"p_holm": p}), settings)
+    verdicts = {comparisons[index].verdict for index in judged}
+    verdict: Verdict = "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
+    return GateResult(
+        compress_version=__version__,
+        verdict=verdict,
+        passed=verdict == "pass" or (verdict == "inconclusive" and settings.inconclusive == "pass"),
+        inconclusive=settings.inconclusive,
+        alpha=settings.alpha,
+        power=settings.power,
+        model=found.model,
+        baseline=name,
+        baseline_model=baseline.model,
+        comparisons=tuple(comparisons),
+        tokens=tokens,
+        notes=tuple(notes),
+    )
+
+
+def check_conditions(found: Outcomes, baseline: Outcomes, name: str) -> None:
+    """Refuse a baseline that was taken under other conditions; log-likelihoods depend on each of them."""
+    again = "write the baseline again under the conditions of the gate, or give the gate those of the baseline"
+    for key, what in (
+        ("harness", "version of lm-eval"),
+        ("batch_size", "batch size"),
+        ("limit", "limit"),
+        ("num_fewshot", "number of examples"),
+        ("add_bos_token", "setting of add_bos_token"),
+    ):
+        now, then = getattr(found, key), getattr(baseline, key)
+        if now != then:
+            raise PlanError(f"the baseline has another {what}: {then}, not {now}", where=name, fix=again)
+    if found.tokenizer_hash != baseline.tokenizer_hash:
+        fix = "copy the tokenizer of the baseline's model, or write a baseline of this one"
+        raise PlanError("the tokenizer differs from the baseline's", where=name, fix=fix)
+    known = {task.name: task for task in baseline.tasks}
+    for task in found.tasks:
+        if task.name not in known:
+            has = f"it has {', '.join(known)}"
+            raise PlanError(f"the baseline has no task {task.name}; {has}", where=name, fix=again)
+        other = known[task.name]
+        if task.hash != other.hash:
+            was = (
+                f"version {other.version} then, {task.version} now" if task.version != other.version else "same version"
+            )
+            problem = f"the baseline of {task.name} was taken with another prompt or metric ({was})"
+            raise PlanError(problem, where=name, fix="write the baseline again")
+    missing = sorted(set(known) - {task.name for task in found.tasks})
+    if missing:
+        raise PlanError(f"the baseline's tasks {', '.join(missing)} were not evaluated", where=name, fix=again)
+
+
+def _check_metrics(found: Outcomes, settings: Gate) -> None:
+    """Refuse the name of a metric that no task has."""
+    known = {metric for task in found.tasks for metric in task.aggregation}
+    for metric in settings.metrics:
+        if metric not in known:
+            fix = f"the metrics of these tasks are {', '.join(sorted(known))}"
+            raise PlanError(f'no task has a metric "{metric}"{nearest(metric, known)}', where="gate.metrics", fix=fix)
+
+
+def _newly_tied(pair: Pair) -> bool:
+    """Whether the answer of a multiple choice is a tie in the second model alone."""
+    before, after = pair
+    return after.tied and not before.tied
+
+
+def _differences(found: Outcomes, baseline: Outcomes) -> list[str]:
+    """What differs from the baseline and is allowed to."""
+    pairs: list[tuple[str, str, str | None]] = [
+        ("dtype", baseline.dtype, found.dtype),
+        ("device", baseline.device, found.device),
+    ]
+    pairs += [(key, version, found.versions.get(key)) for key, version in baseline.versions.items()]
+    return [f"{what}: {then} in the baseline, {now} here" for what, then, now in pairs if then != now]
+
+
+def pair(task: str, found: Sequence[Sample], baseline: Sequence[Sample], name: str) -> list[Pair]:
+    """Match the samples of two runs by what was asked, whatever their order: (baseline, found) each.
+
+    Raises:
+        PlanError: they do not match one to one.
+    """
+    ours, theirs = (Counter(one.identity for one in samples) for samples in (found, baseline))
+    extra, absent = list((ours - theirs).elements()), list((theirs - ours).elements())
+    if extra or absent:
+        documents = {one.identity: one.doc_id for one in (*baseline, *found)}
+        first = documents[(absent or extra)[0]]
+        raise PlanError(
+            f"the samples of {task} do not match one to one: {len(absent):,} of the baseline's {len(baseline):,} are "
+            f"not among the {len(found):,} here, and {len(extra):,} here are new (document {first} is the first)",
+            where=name,
+            fix="evaluate the file of samples that the baseline was taken on, or write the baseline again",
+        )
+    if not found:
+        raise PlanError(f"{task} has no samples", where=name, fix="write the baseline again")
+    keys = [sorted(samples, key=lambda one: (one.identity, one.loglikelihoods)) for samples in (baseline, found)]
+    return list(zip(*keys, strict=True))
+
+
+@dataclass(frozen=True)
+class _Series:
+    """The values (n,) of a metric in both models, and the weights (n,)."""
+
+    baseline: Any
+    found: Any
+    weights: Any
+
+
+def _task(task: Task, pairs: list[Pair], settings: Gate) -> list[Comparison]:
+    """The comparisons of one task: the first accuracy, the first perplexity, the likelihood of right answers."""
+    filters = list(dict.fromkeys(one.filter for one, _ in pairs))
+    first = [both for both in pairs if both[0].filter == filters[0]]  # the metrics of other filters are not judged
+    comparisons: list[Comparison] = []
+    for metric, aggregation in task.aggregation.items():
+        series = _series(first, metric)
+        if series is None:
+            continue
+        kind = _kind(aggregation, series)
+        named = metric in settings.metrics
+        if kind is None or not (named if settings.metrics else kind not in {one.kind for one in comparisons}):
+            continue
+        comparisons.append(_compare(task, metric, kind, first, series, settings))
+    if all(one.gold is not None for one, _ in first):
+        before, after = (np.array([s.loglikelihoods[s.gold or 0] for s in side]) for side in zip(*first, strict=True))
+        series = _Series(before, after, np.ones(len(first)))
+        comparisons.append(_compare(task, LOGLIKELIHOOD, "loglikelihood", first, series, settings))
+    return comparisons
+
+
+def _series(pairs: list[Pair], metric: str) -> _Series | None:
+    rows = [(one.metrics.get(metric, ()), other.metrics.get(metric, ())) for one, other in pairs]
+    if not all(len(one) == len(other) and len(one) in (1, 2) for one, other in rows):
+        return None
+    weights = [one[1] if len(one) == 2 else 1.0 for one, _ in rows]
+    before, after = (np.array([row[side][0] for row in rows]) for side in (0, 1))
+    if metric == "acc":
+        after[[_newly_tied(both) for both in pairs]] = 0.0
+    return _Series(before, after, np.array(weights))
+
+
+def _kind(aggregation: str, series: _Series) -> Kind | None:
+    if aggregation in PERPLEXITIES:
+        return "perplexity"
+    if aggregation not in ("mean", "nanmean") or not (series.weights == 1).all():
+        return None
+    return "accuracy" if np.isin([series.baseline, series.found], (0, 1)).all() else "score"
+
+
+def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Series, settings: Gate) -> Comparison:
+    """One metric: its loss and bounds; not judged yet."""
+    n = len(pairs)
+    sign = 1.0 if kind != "score" or task.higher_is_better.get(metric, True) else -1.0
+    losses = sign * (series.baseline - series.found)
+    worse, better = int((losses > 0).sum()), int((losses < 0).sum())
+    margin = {"accuracy": settings.margin, "score": settings.margin, "perplexity": settings.perplexity_margin}.get(
+        kind, settings.loglikelihood_margin
+    )
+    levels = settings.alpha, settings.resamples
+    finite = bool(np.isfinite(losses).all()) and not not_finite([found for _, found in pairs])
+    bounds: Bounds | None = None
+    if finite:
+        bounds = (
+            statistics.compare_flips(worse, better, n, *levels)
+            if kind == "accuracy"
+            else statistics.compare_losses(losses, series.weights, *levels)
+        )
+    inner = None if margin is None else math.log1p(margin) if kind == "perplexity" else margin
+    same = all(one.loglikelihoods == other.loglikelihoods and one.metrics == other.metrics for one, other in pairs)
+    detects = (
+        statistics.detectable(bounds.variance, n, inner, settings.alpha, settings.power)
+        if bounds and inner is not None and math.isfinite(bounds.variance)
+        else None
+    )
+    answers = [one.answer != other.answer for one, other in pairs if one.answer is not None]
+    return Comparison(
+        task=task.name,
+        metric=metric,
+        kind=kind,
+        samples=n,
+        baseline=_shown(kind, metric, series.baseline, series.weights, task),
+        value=_shown(kind, metric, series.found, series.weights, task) if finite else None,
+        loss=_outer(kind, bounds.loss) if bounds else None,
+        low=_outer(kind, bounds.low) if bounds else None,
+        high=_outer(kind, bounds.high) if bounds else None,
+        margin=margin,
+        p=bounds.p if bounds else None,
+        flips=Flips(worse=worse, better=better, answers=sum(answers) if answers else None)
+        if kind == "accuracy"
+        else None,
+        answer_kl=_answer_kl(pairs) if kind == "accuracy" and finite else None,
+        detects=None if detects is None else _outer(kind, detects),
+        needed=_needed(kind, bounds, inner, settings) if bounds and inner is not None else None,
+        why="identical" if same else "",
+    )
+
+
+def _outer(kind: Kind, loss: float) -> float:
+    """A loss as it is shown: of a perplexity the relative increase, which is linear in nats inside."""
+    return math.expm1(min(loss, 700.0)) if kind == "perplexity" else loss
+
+
+def _shown(kind: Kind, metric: str, values: Any, weights: Any, task: Task) -> float:
+    mean = float(values.sum() / weights.sum())
+    if kind != "perplexity":
+        return mean
+    return -mean / math.log(2) if task.aggregation.get(metric) == "bits_per_byte" else math.exp(min(-mean, 700.0))
+
+
+def _needed(kind: Kind, bounds: Bounds, margin: float, settings: Gate) -> int | None:
+    """Samples that would settle it, if the loss were what it seems: to pass, or beyond the margin to be significant."""
+    distance = margin - max(bounds.loss, 0.0) if bounds.loss < margin else bounds.loss
+    variance = max(bounds.variance, 0.0)
+    found = statistics.sample_size(variance, distance, settings.alpha, settings.power)
+    if found is None or kind != "accuracy":
+        return found
+    # Without a flip there is no variance to go by, but the score bound z² / (n + z²) still has to clear the margin.
+    z = statistics.z(settings.alpha)
+    return max(found, math.ceil(z * z * (1 - margin) / margin) + 1)
+
+
+def _answer_kl(pairs: list[Pair]) -> float | None:
+    """Mean KL(baseline ‖ model) of the distribution over a multiple choice's answers, in nats."""
+    found = []
+    for one, other in pairs:
+        if one.answer is None:
+            return None
+        p, q = _log_softmax(one.loglikelihoods), _log_softmax(other.loglikelihoods)
+        found.append(sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)))
+    return math.fsum(found) / len(found)
+
+
+def _log_softmax(values: Sequence[float]) -> list[float]:
+    top = max(values)
+    total = top + math.log(sum(math.exp(value - top) for value in values))
+    return [value - total for value in values]
+
+
+def _p(one: Comparison) -> float:
+    return 0.0 if one.p is None else one.p
+
+
+def _judge(one: Comparison, settings: Gate) -> Comparison:
+    """A comparison with its verdict and the reason."""
+    assert one.margin is not None
+    assert one.p_holm is not None
+    if one.loss is None:
+        return one.model_copy(update={"verdict": "fail", "why": "log-likelihoods are not finite"})
+    if one.why == "identical":
+        return one.model_copy(update={"verdict": "pass", "why": "the same as the baseline, bit for bit"})
+    if one.high is not None and one.high < one.margin:
+        return one.model_copy(update={"verdict": "pass", "why": "", "needed": None})
+    if one.loss > one.margin and one.p_holm <= settings.alpha:
+        why = f"worse by more than the margin, p = {one.p_holm:.2g}"
+        return one.model_copy(update={"verdict": "fail", "why": why, "needed": None})
+    would = f"{one.needed:,} samples would do" if one.needed else "no number of samples is known to do"
+    return one.model_copy(update={"verdict": "inconclusive", "why": f"too few samples for this margin; {would}"})

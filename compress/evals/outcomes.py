@@ -1,0 +1,221 @@
+"""What an evaluation found, sample by sample: readable JSON, and a compact parquet file beside it.
+
+A baseline and an entry of the cache are both such a pair of files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError
+from pydantic_core import from_json
+
+from compress.errors import PlanError
+from compress.evals.results import Measured
+from compress.report import replace_text
+from compress.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SCHEMA_VERSION = 1
+NO_BASELINE = "give a file that compress baseline wrote, or write it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One document of a task under one filter of it.
+
+    `doc` and `prompt` are hashes (16 hex digits): of the document, and of all that was asked of it, targets included.
+    `loglikelihoods` (nats) and `greedy` have one entry per request; `gold` is the index of the right one in a multiple
+    choice. `metrics` are what the harness aggregates: one number, or a log-likelihood and its weight.
+    """
+
+    filter: str
+    doc_id: int
+    doc: str
+    prompt: str
+    loglikelihoods: tuple[float, ...]
+    greedy: tuple[bool, ...]
+    gold: int | None
+    metrics: dict[str, tuple[float, ...]]
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What a sample of another run must have, to be the same sample."""
+        return self.filter, self.doc, self.prompt
+
+    @property
+    def answer(self) -> int | None:
+        """The choice that the model prefers; of equal ones the first, as in lm-eval."""
+        return self.loglikelihoods.index(max(self.loglikelihoods)) if len(self.loglikelihoods) > 1 else None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the preferred choice has an equal."""
+        return len(self.loglikelihoods) > 1 and self.loglikelihoods.count(max(self.loglikelihoods)) > 1
+
+
+class Task(Settings):
+    """One task: how it was asked, and the harness's own figures. `hash` is that of its configuration."""
+
+    name: str
+    spec: str  # as the plan or the command names it
+    hash: str
+    prompts: str  # hash over the prompts of all samples, whatever their order
+    version: str
+    num_fewshot: int
+    output_type: str
+    samples: int
+    metrics: dict[str, Measured]  # "acc,none" or, of the default filter, "acc"
+    aggregation: dict[str, str]  # "mean", "perplexity", "weighted_perplexity", ...
+    higher_is_better: dict[str, bool]
+
+
+class Outcomes(Settings):
+    """The tasks of one model under one set of conditions; `samples` of each."""
+
+    schema_version: int = SCHEMA_VERSION
+    compress_version: str
+    model: str  # the directory's name
+    model_hash: str
+    tokenizer_hash: str
+    harness: str  # version of lm-eval
+    versions: dict[str, str]
+    device: str
+    dtype: Literal["auto", "float16", "bfloat16", "float32"]
+    batch_size: int = Field(ge=1)
+    limit: int | None = Field(ge=1)
+    num_fewshot: int | None = Field(ge=0)
+    add_bos_token: bool | None
+    include_path: str | None = None  # of a baseline: relative to its folder
+    tasks: tuple[Task, ...]
+    groups: dict[str, dict[str, Measured]] = Field(default_factory=dict)  # aggregates of lm-eval's groups
+    samples_file: str | None = None
+    samples_sha256: str | None = None
+
+    _samples: dict[str, list[Sample]] = PrivateAttr(default_factory=dict)
+
+    @property
+    def samples(self) -> dict[str, list[Sample]]:
+        """The samples of each task, by its name."""
+        return self._samples
+
+    def with_samples(self, samples: dict[str, list[Sample]]) -> Outcomes:
+        """Attach samples."""
+        self._samples = samples
+        return self
+
+    def save(self, path: Path) -> None:
+        """Write ``path``, JSON, and beside it the samples as ``.parquet``; each replaced whole or left as it was."""
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+
+        beside = path.with_suffix(".parquet")
+        temporary = beside.with_name(f".{beside.name}.new")
+        try:
+            parquet.write_table(_table(self._samples), temporary, compression="zstd")
+            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+            temporary.replace(beside)
+        finally:
+            temporary.unlink(missing_ok=True)
+        named = self.model_copy(update={"samples_file": beside.name, "samples_sha256": digest})
+        replace_text(path, named.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Outcomes:
+        """Read what `save` wrote.
+
+        Raises:
+            PlanError: a file is missing, damaged, of another kind or of a newer version.
+        """
+        import pyarrow.parquet as parquet
+
+        try:
+            content = from_json(path.read_bytes(), allow_inf_nan=False)
+            version = content.get("schema_version") if isinstance(content, dict) else None
+            if isinstance(version, int) and version > SCHEMA_VERSION:
+                raise ValueError(f"it has schema version {version}, and this compress reads up to {SCHEMA_VERSION}")
+            found = cls.model_validate(content)
+            if found.samples_file is None or found.samples_file != Path(found.samples_file).name:
+                raise ValueError('"samples_file" names no file beside it')
+            beside = path.parent / found.samples_file
+            if hashlib.sha256(beside.read_bytes()).hexdigest() != found.samples_sha256:
+                raise ValueError(f"{beside.name} is not the file that belongs to it")
+            return found.with_samples(_samples(parquet.read_table(beside)))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            key = ".".join(map(str, first["loc"])) or "the document"
+            raise PlanError(f"{key}: {first['msg']}", where=str(path), fix=NO_BASELINE) from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+            raise PlanError(f"cannot be read: {reason}", where=str(path), fix=NO_BASELINE) from None
+
+
+def prompts_hash(samples: Iterable[Sample]) -> str:
+    """SHA-256 over what was asked, whatever the order: how often, under which filter."""
+    counted = Counter(sample.identity for sample in samples)
+    return hashlib.sha256(repr(sorted(counted.items())).encode()).hexdigest()
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    names, numbers = pa.dictionary(pa.int32(), pa.string()), pa.list_(pa.float64())
+    hashes = pa.binary(8)
+    return pa.schema(
+        {
+            "task": names,
+            "filter": names,
+            "doc_id": pa.int64(),
+            "doc": hashes,
+            "prompt": hashes,
+            "loglikelihoods": numbers,
+            "greedy": pa.list_(pa.bool_()),
+            "gold": pa.int32(),
+            "metrics": pa.map_(pa.string(), numbers),
+        }
+    )
+
+
+def _table(samples: dict[str, list[Sample]]) -> Any:
+    import pyarrow as pa
+
+    rows = [
+        {
+            "task": task,
+            "filter": one.filter,
+            "doc_id": one.doc_id,
+            "doc": bytes.fromhex(one.doc),
+            "prompt": bytes.fromhex(one.prompt),
+            "loglikelihoods": one.loglikelihoods,
+            "greedy": one.greedy,
+            "gold": one.gold,
+            "metrics": list(one.metrics.items()),
+        }
+        for task, found in samples.items()
+        for one in found
+    ]
+    return pa.Table.from_pylist(rows, schema=_schema())
+
+
+def _samples(table: Any) -> dict[str, list[Sample]]:
+    found: dict[str, list[Sample]] = {}
+    if not table.schema.equals(_schema()):
+        raise ValueError("the columns of the samples are not the ones that are known")
+    for row in table.to_pylist():
+        sample = Sample(
+            filter=row["filter"],
+            doc_id=row["doc_id"],
+            doc=row["doc"].hex(),
+            prompt=row["prompt"].hex(),
+            loglikelihoods=tuple(row["loglikelihoods"]),
+            greedy=tuple(row["greedy"]),
+            gold=row["gold"],
+            metrics={name: tuple(values) for name, values in row["metrics"]},
+        )
+        found.setdefault(row["task"], []).append(sample)
+    return found

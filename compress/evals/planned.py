@@ -1,0 +1,117 @@
+"""The tasks and the gate of a plan: checked before a weight is read, measured on the staged directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+
+    from compress.evals.outcomes import Outcomes
+    from compress.evals.results import GateResult, TaskLine, TasksInfo
+    from compress.plan import Plan
+
+DENSE = "the dense model"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a report has of tasks and of the gate; nothing where the plan names none."""
+
+    lines: tuple[TaskLine, ...] = ()
+    info: TasksInfo | None = None
+    gate: GateResult | None = None
+
+
+def check_tasks(plan: Plan) -> None:
+    """Refuse tasks and a gate that could not be carried out, as far as that is known without loading a task.
+
+    Raises:
+        PlanError: lm-eval is not installed, a task or its file is not there, or the gate has nothing to judge or a
+            baseline that is not to be compared with.
+    """
+    tasks = plan.evaluate.tasks if plan.evaluate else ()
+    gate = plan.gate
+    if not tasks and not gate:
+        return
+    from compress.evals.harness import need_harness
+    from compress.evals.specs import read_specs
+
+    need_harness()
+    read_specs(tasks, plan.folder, plan.source.where(("evaluate", "tasks")))
+    if gate and gate.baseline:
+        _baseline(plan, gate.baseline)
+    elif gate and not tasks:
+        fix = 'give tasks = [...] in [evaluate], or baseline = "FILE" here'
+        raise PlanError("the gate has nothing to judge", where=plan.source.where(("gate",)), fix=fix)
+
+
+def _baseline(plan: Plan, name: str) -> Outcomes:
+    """The baseline that a gate names, its samples found."""
+    from compress.evals.commands import check_early, settings_for
+    from compress.evals.outcomes import Outcomes
+    from compress.evals.specs import read_specs
+
+    path = plan.resolve(name)
+    where = plan.source.where(("gate", "baseline"))
+    try:
+        known = Outcomes.load(path)
+        check_early(known, path)
+        read_specs(settings_for(known).tasks, path.parent, str(path))
+    except PlanError as error:
+        raise PlanError(f"{error.where}: {error.problem}", where=where, fix=error.fix) from None
+    return known
+
+
+def measure(
+    plan: Plan, staged: Path, dense: Path, *, name: str, device: torch.device, say: Callable[[str], None]
+) -> Measured:
+    """Evaluate the tasks of a plan on both models, and hold its gate.
+
+    Args:
+        plan: names tasks, baseline and margins.
+        staged: the directory that was written.
+        dense: the model it came from.
+        name: of the output.
+        device: where to compute.
+        say: takes a line for each task.
+
+    Raises:
+        PlanError: a task cannot be loaded, or the gate's two sides do not compare.
+    """
+    from compress.evals.commands import settings_for
+    from compress.evals.divergence import token_lines
+    from compress.evals.gate import compare
+    from compress.evals.harness import run_tasks
+    from compress.evals.lines import task_lines, tasks_info
+
+    settings, gate = plan.evaluate, plan.gate
+    options: dict[str, Any] = {"device": device, "trust_remote_code": plan.model.trust_remote_code}
+    found = before = None
+    tokens: Any = {}
+    lines: tuple[TaskLine, ...] = ()
+    if settings and settings.tasks:
+        found = run_tasks(staged, settings, folder=plan.folder, say=say, **options)
+        before = run_tasks(dense, settings, folder=plan.folder, **options)
+        if settings.divergence:
+            tokens = token_lines(staged, dense, settings, folder=plan.folder, **options)
+        lines = task_lines(found, before, tokens)
+    result = None
+    if gate:
+        shown = DENSE
+        if gate.baseline:
+            before, shown = _baseline(plan, gate.baseline), gate.baseline
+            folder = plan.resolve(gate.baseline).parent
+            found = run_tasks(staged, settings_for(before), folder=folder, **options)
+        assert found is not None
+        assert before is not None
+        named = found.model_copy(update={"model": name})
+        kept = tuple(line for task, line in tokens.items() if task in found.samples)
+        result = compare(named, before, gate, name=shown, tokens=kept)
+    return Measured(lines, tasks_info(found) if lines and found else None, result)

@@ -1,0 +1,121 @@
+"""What passes of structured pruning have in common: they leave a smaller model, and end a stage of the plan.
+
+How much is left is known before a weight is read; a ratio that leaves nothing, or that no multiple meets, is refused
+then. Every block keeps equally much, so that stock transformers loads the result.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from compress.passes.base import Invariant, Pass, SettingError
+from compress.structure import Sizes, config_values, head_size, width_named
+
+if TYPE_CHECKING:
+    from compress.architecture import Architecture
+
+
+class Structured(Pass):
+    """The base of passes that make the model smaller; comes before masks, grids and branches (rule 2)."""
+
+    rule: ClassVar[int] = 2
+    preserves: ClassVar[frozenset[Invariant]] = frozenset({Invariant.TIES})
+
+    @abstractmethod
+    def left(self, sizes: Sizes, architecture: Architecture, config: Any) -> Sizes:
+        """What the configured pass leaves of a model of these sizes. Raises SettingError."""
+
+    def check_lock(self, lock: Any, index: int) -> None:
+        """Every block keeps equally much, so there is nothing to match."""
+        for key in ("match", "except_", "where"):
+            if key in self.model_fields_set:
+                name = key.rstrip("_")
+                problem = f"{self.use()} prunes all blocks alike, so that stock loaders take the model"
+                raise SettingError(problem, f'leave "{name}" out', (name,))
+
+
+class Narrowing(Structured):
+    """Fields of passes that remove heads and channels."""
+
+    heads: float = Field(
+        default=0.0, ge=0, lt=1, description="fraction of attention heads to remove, in whole KV groups"
+    )
+    channels: float = Field(default=0.0, ge=0, lt=1, description="fraction of MLP channels to remove")
+    multiple: int = Field(default=64, ge=1, description="channels that are left are a multiple of this, the nearest")
+
+    def narrowed(self, sizes: Sizes, architecture: Architecture, config: Any) -> Sizes:
+        """Heads and channels that are left, rounded to what can be. Raises SettingError."""
+        after = sizes
+        if self.channels:
+            after = replace(after, channels=rounded("channels", self.channels, sizes.channels, self.multiple))
+        if self.heads:
+            if width_named(architecture, "heads").unit_size is None:
+                problem = (
+                    f"{config.model_type} ties the number of heads to the hidden size: no loader takes fewer alone"
+                )
+                fix = "give hidden instead" if "hidden" in type(self).model_fields else 'use = "width" with hidden'
+                raise SettingError(problem, f"{fix}, which takes heads along", ("heads",))
+            after = replace(after, heads=rounded("heads", self.heads, sizes.heads, 1))
+        return after
+
+    def check_heads(self, sizes: Sizes, after: Sizes, architecture: Architecture, config: Any) -> None:
+        """Refuse a number of heads that the model's configuration refuses. Raises SettingError."""
+        if not refuses(architecture, config, sizes, after):
+            return
+        key = "heads" if after.heads < sizes.heads else "hidden"
+        counts = [n for n in range(1, sizes.heads) if not refuses(architecture, config, sizes, replace(after, heads=n))]
+        problem = f"{after.heads} of {sizes.heads} heads and a hidden size of {after.hidden} do not go together"
+        problem += f": {type(config).__name__} wants the number of query heads to divide the hidden size"
+        fits = ", ".join(f"{1 - n / sizes.heads:.4g}" for n in counts)
+        fix = f"heads that go with it: {fits}" if counts else "give another hidden, or leave it out"
+        raise SettingError(problem, fix, (key,))
+
+
+def refuses(architecture: Architecture, config: Any, before: Sizes, after: Sizes) -> bool:
+    """Whether transformers' configuration of the family refuses these heads and this hidden size."""
+    values = config.to_dict() | config_values(architecture, config, before, after)
+    try:
+        type(config).from_dict(values)
+    except Exception:  # each family has its own
+        return True
+    return False
+
+
+def rounded(key: str, fraction: float, size: int, multiple: int, unit: int = 1) -> int:
+    """What is left of `size` units: the multiple nearest to ``size · (1 − fraction)``, the larger of two as near.
+
+    `unit`: what every multiple is a multiple of.
+
+    Raises:
+        SettingError: that would be nothing, or all.
+    """
+    wanted = size * (1 - fraction)
+    left = multiple * math.floor(wanted / multiple + 0.5)
+    if 0 < left < size:
+        return left
+    fits = range(multiple, size, multiple)
+    of = f" in multiples of {multiple}" if multiple > 1 else ""
+    problem = (
+        f"{key} = {fraction:g} of {size} leaves {left}{of}"
+        if left <= 0
+        else f"{key} = {fraction:g} removes none of {size}{of}"
+    )
+    if not fits:
+        smaller = f"choose a smaller multiple: none of {multiple} is below {size}"
+        fix = smaller if multiple > unit else f"leave {key} out"
+    else:
+        nearest = min(fits, key=lambda n: abs(n - wanted))
+        fix = f"{key} = {1 - nearest / size:.6g} leaves {nearest}" + (
+            ", or choose a smaller multiple" if multiple > unit else ""
+        )
+    raise SettingError(problem, fix, (key,))
+
+
+def coupled_heads(architecture: Architecture, config: Any) -> int | None:
+    """The size of a head, where the hidden size is heads times it, so that both go together; None elsewhere."""
+    return head_size(architecture, config) if width_named(architecture, "heads").unit_size is None else None

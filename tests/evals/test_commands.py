@@ -1,0 +1,240 @@
+"""eval, baseline and gate as a user meets them: words, files, exit codes; tasks and a gate in a plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("lm_eval")
+
+from huggingface_hub import ModelCard
+
+from compress.evals.outcomes import Outcomes
+from compress.report import load_report
+from tests.conftest import LETTERS, some_text, write_tokenizer
+from tests.test_cli import PLAN, command, refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAIRS = "minimal_pairs:pairs.jsonl"
+ROLLING = "rolling_perplexity:held-out.txt"
+GATED = f"""
+[evaluate]
+tasks = ["{PAIRS}", "{ROLLING}"]
+[gate]
+margin = 0.9
+perplexity_margin = 1e9
+"""
+
+
+@pytest.fixture
+def folder(folder: Path) -> Iterator[Path]:
+    """The working directory, with a model, a plan and samples for two tasks."""
+    (folder / "plan.toml").write_text(PLAN)
+    rows = [{"sentence_good": f"{a} {b} is", "sentence_bad": f"{a} {b} are"} for a, b in zip(LETTERS, LETTERS[9:])]  # noqa: B905
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "held-out.txt").write_text(some_text(400, seed=3))
+    return folder
+
+
+def spoil(directory: Path, scale: float) -> None:
+    """Noise on the head of a model."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    noise = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    model.lm_head.weight.data += scale * noise
+    model.save_pretrained(directory)
+
+
+def changed(path: Path, **values: Any) -> None:
+    """Other values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_fresh_run_of_the_same_model_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = command(capsys, "baseline", "model", "--tasks", f"{PAIRS},{ROLLING}", "--out", "base.json")
+    assert made.code == 0
+    assert "minimal_pairs:pairs (43)" in made.out
+    known = Outcomes.load(folder / "base.json")
+    assert [task.spec for task in known.tasks] == [PAIRS, ROLLING]
+    assert (folder / "base.parquet").stat().st_size < 30_000
+    result = command(capsys, "gate", "model", "--baseline", "base.json", "--no-cache")
+    assert result.code == 0
+    assert "gate: pass" in result.out
+    found = json.loads((folder / "model" / "gate.json").read_text())
+    assert {one["verdict"] for one in found["comparisons"]} == {"pass", None}
+    assert ElementTree.parse(folder / "model" / "gate.xml").getroot().find("testsuite[@failures='0']") is not None
+
+
+def test_a_spoilt_model_fails(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(capsys, "baseline", "model", "--tasks", ROLLING, "--out", "base.json")
+    spoil(folder / "model", 0.1)
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folder / "summary.md"))
+    result = command(capsys, "gate", "model", "--baseline", "base.json", "--out", ".")
+    assert result.code == 1
+    assert "gate: fail" in result.out
+    assert "::error title=compress gate%3A rolling_perplexity" in result.out
+    assert "## compress gate: fail" in (folder / "summary.md").read_text()
+    assert (folder / "gate.xml").is_file()
+    assert command(capsys, "gate", "model", "--baseline", "base.json", "--perplexity-margin", "1e9").code == 0
+
+
+def test_too_few_samples_are_inconclusive(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(capsys, "baseline", "model", "--tasks", PAIRS, "--out", "base.json")
+    spoil(folder / "model", 0.001)  # other log-likelihoods, the same answers
+    result = command(capsys, "gate", "model", "--baseline", "base.json")
+    assert result.code == 1
+    assert "gate: inconclusive" in result.out
+    assert "269 samples would do" in result.out  # z² (1 − m) / m = 2.7055 · 99 = 267.8, and one more
+    allowed = command(capsys, "gate", "model", "--baseline", "base.json", "--inconclusive", "pass")
+    assert allowed.code == 0
+    assert "gate: inconclusive, which the plan allows" in allowed.out
+
+
+def test_a_baseline_moves_with_its_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "ci").mkdir()
+    for name in ("pairs.jsonl", "held-out.txt"):
+        (folder / name).rename(folder / "ci" / name)
+    tasks = "minimal_pairs:ci/pairs.jsonl"
+    assert command(capsys, "baseline", "model", "--tasks", tasks, "--out", "ci/base.json").code == 0
+    assert str(folder) not in (folder / "ci" / "base.json").read_text()
+    (folder / "ci").rename(folder / "elsewhere")
+    assert command(capsys, "gate", "model", "--baseline", "elsewhere/base.json").code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"harness": "0.4.2"}, "the baseline has lm-eval 0.4.2, not"),
+        ({"tokenizer_hash": "0"}, "the tokenizer differs from the baseline's"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"limit": "many"}, "limit"),
+    ],
+)
+def test_baselines_that_are_refused(
+    change: dict[str, Any], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(capsys, "baseline", "model", "--tasks", PAIRS, "--out", "base.json")
+    changed(folder / "base.json", **change)
+    assert says in refused(capsys, "gate", "model", "--baseline", "base.json")
+
+
+def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(capsys, "baseline", "model", "--tasks", PAIRS, "--out", "base.json")
+    write_tokenizer(folder / "model", pad="</s>")
+    tokenizer = json.loads((folder / "model" / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None  # adds no BOS any more
+    (folder / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "the tokenizer differs from the baseline's" in refused(capsys, "gate", "model", "--baseline", "base.json")
+
+
+def test_other_samples_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(capsys, "baseline", "model", "--tasks", PAIRS, "--out", "base.json")
+    rows = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (folder / "pairs.jsonl").write_text("".join(rows[::-1]))
+    assert command(capsys, "gate", "model", "--baseline", "base.json").code == 0  # the order does not matter
+    (folder / "pairs.jsonl").write_text("".join(rows[1:]).replace("is", "was", 1))
+    message = refused(capsys, "gate", "model", "--baseline", "base.json")
+    assert "do not match one to one: 2 of the baseline's 43 are not among the 42 here, and 1 here are new" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["eval", "model"], "--tasks TASK"),
+        (["eval", "model", "--tasks", "minimal_pair:pairs.jsonl"], 'did you mean "minimal_pairs"?'),
+        (["eval", "model", "--tasks", PAIRS, "--limit", "0"], "limit"),
+        (["eval", "model", "--tasks", PAIRS, "--dtype", "float8"], "dtype"),
+        (["eval", "model", "--tasks", PAIRS, "--include-path", "gone"], "no such folder"),
+        (["baseline", "model", "--tasks", PAIRS], "--out"),
+        (["baseline", "gone", "--tasks", PAIRS, "--out", "b.json"], "no such directory"),
+        (["baseline", "model", "--tasks", PAIRS, "--out", "b.txt"], "--out b.json"),
+        (["baseline", "model", "--tasks", PAIRS, "--out", "gone/b.json"], "no such folder"),
+        (["gate", "model"], "--baseline"),
+        (["gate", "gone", "--baseline", "b.json"], "gone: no such directory"),
+        (["gate", "model", "--baseline", "b.json"], "b.json: cannot be read"),
+        (["gate", "model", "--baseline", "b.json", "--alpha", "2"], "alpha"),
+        (["gate", "model", "--baseline", "b.json", "--out", "gone"], "no such folder"),
+    ],
+)
+def test_words_that_cannot_be(
+    arguments: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(capsys, *arguments)
+
+
+def test_a_model_of_nan_is_no_baseline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be right on every pair."""
+    spoil(folder / "model", float("inf"))
+    result = command(capsys, "eval", "model", "--tasks", PAIRS)
+    assert "43 of 43 samples have log-likelihoods that are not finite" in " ".join(result.out.split())
+    message = refused(capsys, "baseline", "model", "--tasks", PAIRS, "--out", "base.json")
+    assert "log-likelihoods of minimal_pairs:pairs are not finite" in message
+    assert not (folder / "base.json").exists()
+
+
+# ------------------------------------------------------------------ in a plan
+
+
+def test_tasks_and_a_gate_in_a_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("plan.toml").write_text(PLAN + GATED)
+    result = command(capsys, "plan.toml")
+    assert result.code == 0
+    assert "gate: pass" in result.out
+    report = load_report(folder / "out")
+    assert [line.task for line in report.tasks] == ["minimal_pairs:pairs", "rolling_perplexity:held-out"]
+    line = report.tasks[1]
+    measured = json.loads(command(capsys, "eval", "out", "--tasks", ROLLING, "--json", "--no-cache").out)["tasks"][0]
+    assert [m["compressed"]["value"] for m in measured["metrics"]] == [one.compressed.value for one in line.metrics]
+    assert line.divergence is not None
+    assert sum(one.tokens for one in line.positions) > 300
+    page = (folder / "out" / "report.html").read_text()
+    assert "mean KL of rolling_perplexity:held-out by position" in page
+    assert "Pass, against the dense model." in page
+    card = ModelCard.load(folder / "out" / "README.md")
+    found = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert found["minimal_pairs:pairs", "acc"] == report.tasks[0].metrics[0].compressed.value
+    assert "Gate: **pass** against `the dense model`, 2 of 2 comparisons passed" in str(card)
+    assert (folder / "out" / "gate.json").is_file()
+
+
+def test_a_plan_whose_gate_fails_has_written_its_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(capsys, "baseline", "model", "--tasks", ROLLING, "--out", "base.json")
+    Path("plan.toml").write_text(PLAN + '[gate]\nbaseline = "base.json"\nperplexity_margin = 1e-9\n')
+    for _ in range(2):  # the second time the output is there already
+        result = command(capsys, "plan.toml")
+        assert result.code == 1
+        assert "gate: inconclusive" in result.out or "gate: fail" in result.out
+    assert load_report(folder / "out").gate is not None
+    assert command(capsys, "gate", "out", "--baseline", "base.json").code == 1  # by the margin of the plan
+    assert command(capsys, "gate", "out", "--baseline", "base.json", "--perplexity-margin", "1e9").code == 0
+
+
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        ('[evaluate]\ntasks = "minimal_pairs:gone.jsonl"\n', "gone.jsonl: no such file"),
+        ('[evaluate]\ntasks = ["minimal_pair:pairs.jsonl"]\n', "plan.toml:15: evaluate.tasks: unknown form of task"),
+        ("[gate]\nmargin = 0.1\n", "plan.toml:14: gate: the gate has nothing to judge"),
+        ('[gate]\nbaseline = "gone.json"\n', "plan.toml:15: gate.baseline: "),
+        ("[gate]\nmargin = 0\n", "plan.toml:15: gate.margin"),
+        ("[gate]\nmagrin = 0.1\n", 'did you mean "margin"?'),
+        ('[gate]\ninconclusive = "maybe"\n', "plan.toml:15: gate.inconclusive"),
+    ],
+)
+def test_plans_that_are_refused_before_a_weight_is_read(
+    tables: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plan.toml").write_text(PLAN + tables)
+    for arguments in (["plan.toml"], ["check", "plan.toml"]):
+        assert says in refused(capsys, *arguments)
+    assert not (folder / "out").exists()

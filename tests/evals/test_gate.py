@@ -1,0 +1,365 @@
+"""The gate on outcomes made up for it: what it alarms at and how often, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from compress.errors import PlanError
+from compress.evals.ci import junit, summary, workflow_commands
+from compress.evals.gate import compare
+from compress.evals.outcomes import Outcomes, Sample, Task, prompts_hash
+from compress.plan import Gate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.evals.results import Comparison, GateResult
+
+GATES = 500
+
+
+def sample(number: int, right: bool = True, loglikelihood: float | None = None, size: int = 1) -> Sample:
+    """A sample of a multiple choice between two, or of a document with `loglikelihood` of `size` words."""
+    identity = {"filter": "none", "doc_id": number, "doc": f"{number:016x}", "prompt": f"{number:016x}"}
+    if loglikelihood is None:
+        scores = (-1.0, -2.0) if right else (-2.0, -1.0)
+        return Sample(**identity, loglikelihoods=scores, greedy=(False,) * 2, gold=0, metrics={"acc": (float(right),)})
+    metrics = {"word_perplexity": (loglikelihood, float(size))}
+    return Sample(**identity, loglikelihoods=(loglikelihood,), greedy=(False,), gold=None, metrics=metrics)
+
+
+def outcomes(**tasks: list[Sample]) -> Outcomes:
+    """Outcomes under fixed conditions."""
+    described = tuple(
+        Task(
+            name=name,
+            spec=name,
+            hash="h",
+            prompts=prompts_hash(samples),
+            version="1.0",
+            num_fewshot=0,
+            output_type="multiple_choice",
+            samples=len(samples),
+            metrics={},
+            aggregation={"acc": "mean", "word_perplexity": "weighted_perplexity"},
+            higher_is_better={},
+        )
+        for name, samples in tasks.items()
+    )
+    conditions = {"compress_version": "0", "harness": "0.4.13", "versions": {"torch": "2"}, "device": "cpu"}
+    conditions |= {"dtype": "auto", "batch_size": 16, "limit": None, "num_fewshot": None, "add_bos_token": None}
+    found = Outcomes(model="m", model_hash="m", tokenizer_hash="t", tasks=described, **conditions)
+    return found.with_samples(dict(tasks))
+
+
+def rights(*correct: bool) -> list[Sample]:
+    return [sample(number, right) for number, right in enumerate(correct)]
+
+
+def scored(correct: np.ndarray) -> list[Sample]:
+    """Samples that are right or wrong, of a task without choices."""
+    return [
+        Sample("none", i, f"{i:016x}", "", (-2.0 + right,), (bool(right),), None, {"acc": (float(right),)})
+        for i, right in enumerate(correct)
+    ]
+
+
+def two_models(draw: np.random.Generator, n: int, worse: float, better: float) -> tuple[list[Sample], list[Sample]]:
+    """n samples on which a share `worse` turns from right to wrong, and a share `better` the other way."""
+    kinds = draw.choice(4, n, p=[worse, better, 0.7 * (1 - worse - better), 0.3 * (1 - worse - better)])
+    before, after = (kinds == 0) | (kinds == 2), (kinds == 1) | (kinds == 2)
+    return scored(before), scored(after)
+
+
+def gate(before: Outcomes, after: Outcomes, **settings: object) -> GateResult:
+    return compare(after, before, Gate(**{"resamples": 999, **settings}), name="baseline.json")
+
+
+def only(result: GateResult, metric: str = "acc") -> Comparison:
+    (found,) = [one for one in result.comparisons if one.metric == metric]
+    return found
+
+
+def alarms(n: int, worse: float, better: float, tasks: int = 1, **settings: object) -> list[str]:
+    """The verdicts of many gates on models that differ by chance or by more."""
+    draw = np.random.default_rng(0)
+    verdicts = []
+    for _ in range(GATES):
+        pairs = [two_models(draw, n, worse, better) for _ in range(tasks)]
+        both = [outcomes(**{f"task{i}": pair[side] for i, pair in enumerate(pairs)}) for side in (0, 1)]
+        verdicts.append(gate(both[0], both[1], **settings).verdict)
+    return verdicts
+
+
+def at_most(rate: float) -> float:
+    """The most of GATES that an event of this rate reaches, at three standard deviations."""
+    return GATES * rate + 3 * math.sqrt(GATES * rate * (1 - rate))
+
+
+# ------------------------------------------------------------------ how often
+
+
+@pytest.mark.parametrize("margin", [0.0005, 0.02])
+def test_models_that_are_equally_good_raise_no_false_alarm(margin: float) -> None:
+    """Three tasks, a tenth of the answers flipped by chance: an alarm at rate alpha at most, whatever the margin."""
+    verdicts = alarms(120, 0.05, 0.05, tasks=3, margin=margin)
+    assert verdicts.count("fail") <= at_most(0.05)
+
+
+def test_a_planted_regression_is_alarmed_at_with_the_stated_power() -> None:
+    n, flips, margin, power = 500, 0.10, 0.03, 0.8
+    first = two_models(np.random.default_rng(9), n, flips / 2, flips / 2)
+    stated = only(gate(outcomes(t=first[0]), outcomes(t=first[1]), margin=margin)).detects
+    error = math.sqrt(flips / n)
+    planted = max(margin, stats.norm.ppf(0.95) * error) + stats.norm.ppf(power) * error
+    assert stated == pytest.approx(planted, rel=0.1)
+    verdicts = alarms(n, (flips + planted) / 2, (flips - planted) / 2, margin=margin)
+    assert verdicts.count("fail") / GATES == pytest.approx(power, abs=3 * math.sqrt(power * (1 - power) / GATES) + 0.02)
+
+
+def test_a_model_that_is_worse_by_the_margin_seldom_passes() -> None:
+    verdicts = alarms(400, 0.065, 0.035, margin=0.03)
+    assert verdicts.count("pass") <= at_most(0.05)
+
+
+def test_the_size_that_would_do_does() -> None:
+    before, after = two_models(np.random.default_rng(0), 100, 0.03, 0.03)
+    small = only(gate(outcomes(t=before), outcomes(t=after), margin=0.04))
+    assert small.verdict == "inconclusive"
+    assert small.needed is not None
+    assert f"{small.needed:,} samples would do" in small.why
+    flips, loss = small.flips, small.loss
+    assert flips is not None
+    assert loss is not None
+    rates = flips.worse / 100, flips.better / 100
+    assert alarms(small.needed, *rates, margin=0.04).count("pass") >= GATES * 0.8 - 3 * math.sqrt(GATES * 0.16)
+
+
+def test_perplexity_alarms_and_passes() -> None:
+    """Documents that all lose 3 % per word, with noise: a margin of 2 % fails, one of 5 % passes."""
+    draw = np.random.default_rng(5)
+    sizes = draw.integers(20, 200, 80)
+    before = [sample(i, loglikelihood=-5.0 * size, size=int(size)) for i, size in enumerate(sizes)]
+    noise = draw.normal(0, 0.05, 80)
+    after = [
+        sample(i, loglikelihood=-(5.0 + math.log(1.03)) * size + noise[i] * math.sqrt(size), size=int(size))
+        for i, size in enumerate(sizes)
+    ]
+    for margin, verdict in ((0.02, "fail"), (0.05, "pass")):
+        found = only(gate(outcomes(t=before), outcomes(t=after), perplexity_margin=margin), "word_perplexity")
+        assert found.verdict == verdict
+        assert found.loss == pytest.approx(0.03, abs=0.003)
+        assert found.baseline == pytest.approx(math.exp(5))
+
+
+def test_equal_perplexities_raise_no_false_alarm() -> None:
+    draw, failed = np.random.default_rng(6), 0
+    for _ in range(GATES):
+        values = draw.normal(-50, 10, 40)
+        before = [sample(i, loglikelihood=float(x), size=10) for i, x in enumerate(values)]
+        after = [sample(i, loglikelihood=float(x + draw.normal(0, 2)), size=10) for i, x in enumerate(values)]
+        failed += gate(outcomes(t=before), outcomes(t=after), perplexity_margin=1e-6).verdict == "fail"
+    assert failed <= at_most(0.05)
+
+
+# ------------------------------------------------------------------ verdicts
+
+
+def test_the_same_answers_pass_however_few() -> None:
+    same = rights(True, False, True)
+    result = gate(outcomes(t=same), outcomes(t=same))
+    assert result.verdict == "pass"
+    assert only(result).why == "the same as the baseline, bit for bit"
+    assert only(result).high == pytest.approx(2.7055 / (3 + 2.7055), rel=1e-3)  # no flips: z² / (n + z²)
+
+
+def test_the_order_of_samples_does_not_matter() -> None:
+    before, after = two_models(np.random.default_rng(1), 300, 0.08, 0.03)
+    mixed = [list(before), list(after)]
+    for seed, samples in enumerate(mixed):
+        random.Random(seed).shuffle(samples)
+    assert gate(outcomes(t=before), outcomes(t=after)) == gate(outcomes(t=mixed[0]), outcomes(t=mixed[1]))
+
+
+def test_inconclusive_counts_as_told() -> None:
+    before, after = rights(*[True] * 40), rights(*[True] * 39, False)
+    results = [gate(outcomes(t=before), outcomes(t=after), inconclusive=told) for told in ("fail", "pass")]
+    assert [one.verdict for one in results] == ["inconclusive"] * 2
+    assert [one.passed for one in results] == [False, True]
+
+
+def test_log_likelihoods_that_are_not_finite_fail() -> None:
+    """A model of NaN is right on every pair: argmax takes the first."""
+    before = rights(*[True] * 50)
+    broken = [
+        Sample(one.filter, one.doc_id, one.doc, one.prompt, (math.nan, math.nan), one.greedy, 0, {"acc": (1.0,)})
+        for one in before
+    ]
+    result = gate(outcomes(t=before), outcomes(t=broken))
+    assert result.verdict == "fail"
+    assert "50 of 50 samples have log-likelihoods that are not finite" in result.notes[-1]
+
+
+def test_a_model_that_says_the_same_to_everything_fails() -> None:
+    """It is right on every pair, too, where the right sentence comes first."""
+    before = rights(*[True] * 50)
+    constant = [
+        Sample(one.filter, one.doc_id, one.doc, one.prompt, (-1.0, -1.0), one.greedy, 0, {"acc": (1.0,)})
+        for one in before
+    ]
+    result = gate(outcomes(t=before), outcomes(t=constant))
+    assert result.verdict == "fail"
+    assert "50 answers are ties that were none in the baseline; they count as wrong" in result.notes[-1]
+    assert gate(outcomes(t=constant), outcomes(t=constant)).verdict == "pass"
+
+
+def test_flips_and_answers() -> None:
+    before, after = rights(True, True, False, True), rights(True, False, True, True)
+    found = only(gate(outcomes(t=before), outcomes(t=after), margin=0.9))
+    assert found.flips is not None
+    assert (found.flips.worse, found.flips.better, found.flips.answers) == (1, 1, 2)
+    p = math.exp(-1) / (math.exp(-1) + math.exp(-2))  # softmax over the two answers
+    kl = p * math.log(p / (1 - p)) + (1 - p) * math.log((1 - p) / p)
+    assert found.answer_kl == pytest.approx(kl / 2)  # on two of the four samples
+
+
+def test_the_likelihood_of_right_answers_is_shown_and_judged_when_asked() -> None:
+    before, after = rights(*[True] * 60), rights(*[True] * 50, *[False] * 10)
+    shown = only(gate(outcomes(t=before), outcomes(t=after), margin=0.5), "loglikelihood")
+    assert shown.loss == pytest.approx(1 / 6)
+    assert shown.verdict is None
+    judged = gate(outcomes(t=before), outcomes(t=after), margin=0.5, loglikelihood_margin=0.01)
+    assert only(judged, "loglikelihood").verdict == "fail"
+
+
+def test_holm_over_tasks() -> None:
+    """One task at p = 6/2⁸ is an alarm alone, and none among four."""
+    worse = rights(*[True] * 12, *[False] * 6), rights(*[True] * 6, *[False] * 12)
+    same = rights(*[True] * 17, False), rights(*[True] * 16, False, True)
+    assert gate(outcomes(t=worse[0]), outcomes(t=worse[1])).verdict == "fail"
+    tasks = {"t": worse} | {f"s{number}": same for number in range(3)}
+    both = [outcomes(**{name: pair[side] for name, pair in tasks.items()}) for side in (0, 1)]
+    found = next(one for one in gate(*both).comparisons if one.task == "t" and one.metric == "acc")
+    assert found.p == pytest.approx(1 / 64)
+    assert found.p_holm == pytest.approx(4 / 64)
+    assert found.verdict == "inconclusive"
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def test_a_metric_that_no_task_has() -> None:
+    same = outcomes(t=rights(True))
+    assert only(gate(same, same, metrics=("acc",))).verdict == "pass"
+    with pytest.raises(PlanError, match='no task has a metric "acc_nrom"'):
+        gate(same, same, metrics=("acc_nrom",))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"harness": "0.4.9"}, "the baseline has another version of lm-eval: 0.4.9, not 0.4.13"),
+        ({"batch_size": 8}, "the baseline has another batch size: 8, not 16"),
+        ({"limit": 10}, "another limit: 10, not None"),
+        ({"tokenizer_hash": "other"}, "the tokenizer differs from the baseline's"),
+    ],
+)
+def test_a_baseline_of_other_conditions_is_refused(change: dict[str, object], says: str) -> None:
+    same = outcomes(t=rights(True))
+    with pytest.raises(PlanError, match=r"^") as caught:
+        gate(same.model_copy(update=change).with_samples(same.samples), same)
+    assert says in str(caught.value)
+    assert "baseline.json: " in str(caught.value)
+    assert caught.value.fix
+
+
+def test_another_prompt_is_refused() -> None:
+    same = outcomes(t=rights(True))
+    other = same.model_copy(update={"tasks": (same.tasks[0].model_copy(update={"hash": "x", "version": "0.9"}),)})
+    with pytest.raises(PlanError, match=r"another prompt or metric \(version 0.9 then, 1.0 now\)"):
+        gate(other.with_samples(same.samples), same)
+
+
+def test_tasks_that_one_side_lacks() -> None:
+    one, two = outcomes(t=rights(True)), outcomes(t=rights(True), u=rights(True))
+    with pytest.raises(PlanError, match="the baseline has no task u; it has t"):
+        gate(one, two)
+    with pytest.raises(PlanError, match="tasks u were not evaluated"):
+        gate(two, one)
+
+
+def test_samples_that_do_not_match_one_to_one() -> None:
+    four, three = outcomes(t=rights(*[True] * 4)), outcomes(t=rights(*[True] * 3))
+    with pytest.raises(PlanError, match=r"1 of the baseline's 4 are not among the 3 here, and 0 here are new"):
+        gate(four, three)
+    twice = outcomes(t=[sample(0), sample(0), sample(1)])
+    with pytest.raises(PlanError, match=r"do not match one to one: 1 .* and 1 here are new"):
+        gate(twice, outcomes(t=[sample(0), sample(1), sample(1)]))
+    assert gate(twice, outcomes(t=[sample(1), sample(0), sample(0)])).verdict == "pass"
+
+
+def test_other_versions_are_noted() -> None:
+    same = outcomes(t=rights(True))
+    other = same.model_copy(update={"versions": {"torch": "1"}, "dtype": "float16"}).with_samples(same.samples)
+    assert gate(other, same).notes == ("dtype: float16 in the baseline, auto here", "torch: 1 in the baseline, 2 here")
+
+
+# ------------------------------------------------------------------ files
+
+
+def test_stored_outcomes_come_back(tmp_path: Path) -> None:
+    made = outcomes(t=rights(True, False), p=[sample(0, loglikelihood=-3.25, size=7)])
+    made.save(tmp_path / "b.json")
+    back = Outcomes.load(tmp_path / "b.json")
+    assert back.samples == made.samples
+    assert back.model_copy(update={"samples_file": None, "samples_sha256": None}) == made
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder: (folder / "b.json").unlink(), "cannot be read: No such file"),
+        (lambda folder: (folder / "b.parquet").unlink(), "cannot be read: No such file"),
+        (lambda folder: (folder / "b.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "b.json").write_text("{}"), "compress_version: Field required"),
+        (lambda folder: (folder / "b.parquet").write_bytes(b"PAR1"), "b.parquet is not the file that belongs to it"),
+        (
+            lambda folder: (folder / "b.json").write_text('{"schema_version": 9}'),
+            "it has schema version 9, and this compress reads up to 1",
+        ),
+    ],
+)
+def test_a_baseline_that_cannot_be_read(spoil: object, says: str, tmp_path: Path) -> None:
+    outcomes(t=rights(True)).save(tmp_path / "b.json")
+    spoil(tmp_path)  # type: ignore[operator]
+    with pytest.raises(PlanError, match=r"^") as caught:
+        Outcomes.load(tmp_path / "b.json")
+    assert says in str(caught.value)
+    assert "fix: give a file that compress baseline wrote" in str(caught.value)
+
+
+def test_the_words_of_ci() -> None:
+    before, after = rights(*[True] * 60), rights(*[True] * 40, *[False] * 20)
+    result = gate(outcomes(**{"t:50%": before}), outcomes(**{"t:50%": after}))
+    suite = ElementTree.fromstring(junit(result)).find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures")) == ("1", "1")
+    case = suite.find("testcase")
+    assert case is not None
+    assert case.get("classname") == "t:50%"
+    (line,) = workflow_commands(result)
+    assert line.startswith("::error title=compress gate%3A t%3A50%25%2C acc::fail: acc 1.000 to 0.667, loss 33.33 %25")
+    assert "\n" not in line
+    assert "| t:50% | acc | fail | 33.33 % |" in summary(result)
+    passed = gate(outcomes(t=before), outcomes(t=before))
+    assert workflow_commands(passed) == ["::notice title=compress gate::m is as good as its baseline"]
+    allowed = gate(outcomes(t=before), outcomes(t=rights(*[True] * 59, False)), inconclusive="pass")
+    assert workflow_commands(allowed)[0].startswith("::warning ")
+    assert 'failures="0"' in junit(allowed)
