@@ -302,7 +302,7 @@ def _evaluate(run: Execution) -> tuple[EvaluationLine, ...]:
 def _measure(run: Execution) -> Measured:
     """Evaluate the plan's tasks on the staged directory and on the dense model, and hold the gate."""
     plan = run.lock.plan
-    if not run.lock.ends or (not plan.gate and not (plan.evaluate and plan.evaluate.tasks)):
+    if not run.lock.ends or not (plan.gate or (plan.evaluate and plan.evaluate.tasks)):
         return Measured()
     run.progress.phase("tasks", "tasks")
     name, say = run.work.output.name, run.progress.say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,10 @@ def test_a_tracker_that_fails_costs_a_warning(folder: Path, capsys: pytest.Captu
     assert (folder / "out" / "report.json").is_file()
 
 
-def test_a_tracker_that_is_not_installed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("trackio"):
-        pytest.skip("trackio is installed")
+def test_a_tracker_that_is_not_installed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
     Path("plan.toml").write_text(PLAN + '[track]\nto = "trackio"\n')
     for arguments in (["plan.toml"], ["check", "plan.toml"]):
         message = refused(capsys, *arguments)

@@ -245,7 +245,7 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Se
             else statistics.compare_losses(losses, series.weights, *levels)
         )
     inner = None if margin is None else math.log1p(margin) if kind == "perplexity" else margin
-    same = all(one.loglikelihoods == other.loglikelihoods and one.metrics == other.metrics for one, other in pairs)
+    same = all(one.loglikelihoods and _outcome(one) == _outcome(other) for one, other in pairs)
     detects = (
         statistics.detectable(bounds.variance, n, inner, settings.alpha, settings.power)
         if bounds and inner is not None and math.isfinite(bounds.variance)
@@ -272,6 +272,11 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Se
         needed=_needed(kind, bounds, inner, settings) if bounds and inner is not None else None,
         why="identical" if same else "",
     )
+
+
+def _outcome(sample: Sample) -> Any:
+    """What tells two models apart on a sample: log-likelihoods do, generated texts that are both right do not."""
+    return sample.loglikelihoods, sample.greedy, sample.metrics
 
 
 def _outer(kind: Kind, loss: float) -> float:

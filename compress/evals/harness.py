@@ -285,8 +285,8 @@ def _sample(found: dict[str, Any], task: Any) -> Sample:
     elif task.OUTPUT_TYPE == "loglikelihood_rolling":
         scored = [(float(one), False) for one in found["filtered_resps"]]
     gold = found["target"] if task.OUTPUT_TYPE == "multiple_choice" and type(found["target"]) is int else None
-    if gold is not None:
-        scored = scored[: len(task.doc_to_choice(found["doc"]))]  # without the unconditional ones of acc_mutual_info
+    if "acc_mutual_info" in found["metrics"]:
+        scored = scored[: len(scored) // 2]  # without the answers' likelihoods of their own, which follow
     return Sample(
         filter=found["filter"],
         doc_id=int(found["doc_id"]),

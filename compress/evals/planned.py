@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from compress.evals.outcomes import Outcomes
-    from compress.evals.results import GateResult, TaskLine, TasksInfo
+    from compress.evals.results import GateResult, TaskLine, TasksInfo, TokenLine
     from compress.plan import Plan
 
 DENSE = "the dense model"
@@ -93,25 +93,24 @@ def measure(
 
     settings, gate = plan.evaluate, plan.gate
     options: dict[str, Any] = {"device": device, "trust_remote_code": plan.model.trust_remote_code}
-    found = before = None
-    tokens: Any = {}
+    diverge = settings is None or settings.divergence
+    found = before = info = result = None
+    tokens: dict[str, TokenLine] = {}
     lines: tuple[TaskLine, ...] = ()
     if settings and settings.tasks:
         found = run_tasks(staged, settings, folder=plan.folder, say=say, **options)
         before = run_tasks(dense, settings, folder=plan.folder, **options)
-        if settings.divergence:
-            tokens = token_lines(staged, dense, settings, folder=plan.folder, **options)
-        lines = task_lines(found, before, tokens)
-    result = None
+        tokens = token_lines(staged, dense, settings, folder=plan.folder, **options) if diverge else {}
+        lines, info = task_lines(found, before, tokens), tasks_info(found)
     if gate:
         shown = DENSE
-        if gate.baseline:
+        if gate.baseline:  # what was evaluated above comes from the cache, where tasks and conditions agree
             before, shown = _baseline(plan, gate.baseline), gate.baseline
-            folder = plan.resolve(gate.baseline).parent
-            found = run_tasks(staged, settings_for(before), folder=folder, **options)
+            same, folder = settings_for(before), plan.resolve(gate.baseline).parent
+            found = run_tasks(staged, same, folder=folder, say=None if lines else say, **options)
+            tokens = token_lines(staged, dense, same, folder=folder, **options) if diverge else {}
         assert found is not None
         assert before is not None
         named = found.model_copy(update={"model": name})
-        kept = tuple(line for task, line in tokens.items() if task in found.samples)
-        result = compare(named, before, gate, name=shown, tokens=kept)
-    return Measured(lines, tasks_info(found) if lines and found else None, result)
+        result = compare(named, before, gate, name=shown, tokens=tuple(tokens.values()))
+    return Measured(lines, info, result)

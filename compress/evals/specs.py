@@ -7,6 +7,7 @@ folder each file of samples is a task. Anything else is looked up by lm-eval.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,13 +106,21 @@ def load_tasks(spec: Spec, include_path: Path | None) -> Any:
         if entry.yaml_path:
             _check_task_file(Path(entry.yaml_path))
         return _build(own, spec.name, spec)
-    stock = TaskManager()  # reads lm-eval's own task files, for seconds
+    stock = _stock()
     if spec.name not in stock.all_tasks:
         hint = nearest(spec.name, [*(own.all_tasks if own else ()), *stock.all_tasks, *FORMS])
         raise PlanError(
             f'unknown task "{spec.name}"{hint}', where="tasks", fix=f"lm-eval ls tasks names its; {_forms()}"
         )
     return _build(stock, spec.name, spec)
+
+
+@cache
+def _stock() -> Any:
+    """lm-eval's own tasks: reading their files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _build(manager: Any, name: str, spec: Spec) -> Any:

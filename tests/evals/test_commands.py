@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -20,9 +21,6 @@ from compress.report import load_report
 from tests.conftest import LETTERS, some_text, write_tokenizer
 from tests.test_cli import PLAN, command, refused
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 PAIRS = "minimal_pairs:pairs.jsonl"
 ROLLING = "rolling_perplexity:held-out.txt"
 GATED = f"""
@@ -35,7 +33,7 @@ perplexity_margin = 1e9
 
 
 @pytest.fixture
-def folder(folder: Path) -> Iterator[Path]:
+def folder(folder: Path) -> Path:
     """The working directory, with a model, a plan and samples for two tasks."""
     (folder / "plan.toml").write_text(PLAN)
     rows = [{"sentence_good": f"{a} {b} is", "sentence_bad": f"{a} {b} are"} for a, b in zip(LETTERS, LETTERS[9:])]  # noqa: B905
@@ -172,6 +170,16 @@ def test_words_that_cannot_be(
     assert says in refused(capsys, *arguments)
 
 
+def test_without_lm_eval(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    Path("plan.toml").write_text(PLAN + GATED)
+    tasks = ("--tasks", PAIRS)
+    for arguments in (["check", "plan.toml"], ["eval", "model", *tasks], ["gate", "model", "--baseline", "b.json"]):
+        message = refused(capsys, *arguments)
+        assert "tasks need lm-eval, which is not installed" in message
+        assert "pip install 'llm-compress[eval]'" in message
+
+
 def test_a_model_of_nan_is_no_baseline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It would be right on every pair."""
     spoil(folder / "model", float("inf"))
@@ -214,7 +222,9 @@ def test_a_plan_whose_gate_fails_has_written_its_output(folder: Path, capsys: py
         result = command(capsys, "plan.toml")
         assert result.code == 1
         assert "gate: inconclusive" in result.out or "gate: fail" in result.out
-    assert load_report(folder / "out").gate is not None
+    gate = load_report(folder / "out").gate
+    assert gate is not None
+    assert [one.task for one in gate.tokens] == ["rolling_perplexity:held-out"]
     assert command(capsys, "gate", "out", "--baseline", "base.json").code == 1  # by the margin of the plan
     assert command(capsys, "gate", "out", "--baseline", "base.json", "--perplexity-margin", "1e9").code == 0
 

@@ -180,6 +180,12 @@ def test_the_same_answers_pass_however_few() -> None:
     assert only(result).high == pytest.approx(2.7055 / (3 + 2.7055), rel=1e-3)  # no flips: z² / (n + z²)
 
 
+def test_equal_scores_without_log_likelihoods_prove_no_equal_model() -> None:
+    """Two models may both be right on ten generated answers."""
+    before = [Sample("none", i, f"{i:016x}", "", (), (), None, {"acc": (1.0,)}) for i in range(10)]
+    assert gate(outcomes(t=before), outcomes(t=before)).verdict == "inconclusive"
+
+
 def test_the_order_of_samples_does_not_matter() -> None:
     before, after = two_models(np.random.default_rng(1), 300, 0.08, 0.03)
     mixed = [list(before), list(after)]
