@@ -7,7 +7,6 @@ decided before a weight is read is in `compress.lock`; everything that survives 
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +225,6 @@ class Execution:
         return self.lock.skeleton
 
     def carry_out(self) -> Report:
-        began = time.perf_counter()
         tame_allocator()
         reset_peak_memory()
         self._begin()
@@ -260,7 +258,6 @@ class Execution:
         publish_report(self, report)
         self.work.publish()
         tell_tracker(self, report)
-        self.progress.phases["total"] = time.perf_counter() - began
         return report
 
     def take_part(self, number: int) -> None:

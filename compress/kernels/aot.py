@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compress.kernels.fragments import Fragments, rows_for
-from compress.kernels.multiply import WIDE_TILES, Tile, WideTile, constants, cut, tile_for, wide_constants
+from compress.kernels.multiply import FUSED, WIDE_TILES, Tile, WideTile, constants, cut, tile_for, wide_constants
 from compress.kernels.product import product_kernel, weight_kernel
 from compress.kernels.wide import wide_kernel
 
@@ -126,7 +126,7 @@ def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
             {(number,): [["tt.divisibility", 16]] for number, name in enumerate(names) if name in pointers},
         ),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": warps, "num_stages": stages} | FUSED,
     )
     registers, stack, loop = read_machine_code(made.asm["cubin"])
     found = {"arch": arch, **one._asdict(), "tile": one.tile and one.tile._asdict()}

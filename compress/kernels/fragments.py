@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import pad
 
 from compress.grid import Grid, GridSpec
+from compress.kernels.pack import pack_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,8 +129,8 @@ def arrange_positions(stored: Tensor, fill: int) -> Tensor:
     rows = -stored.shape[0] % ROWS
     whole = torch.cat((stored, first.expand(len(stored), -1)), 1)
     whole = torch.cat((whole, whole[:1].expand(rows, -1)))
-    places = whole.view(len(whole), -1, 4).nonzero()[:, 2].view(len(whole), -1, 2)  # (out, in/4, 2), ascending
-    four = places[..., 0] | places[..., 1] << 2
+    packed = pack_positions(whole)
+    four = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # (out, in/4): the same four bits
     # (tile, half, g, step, 64 columns, 32 columns, 16 columns, four) → tile, step, g, 32, 16, 64 columns; half, four
     parts = _tiled(four, 2, 2, 2, 4).permute(0, 3, 2, 5, 6, 4, 1, 7)
     return _words(parts.flatten(-2), 4 * torch.arange(8)).view(*parts.shape[:2], 1, LANES, 2)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Offsets of a symmetric grid, zero = 8, of the rows g and g + 8 (`instructions.decode`): −1032 and −72, or −136 twice
 MIDDLE = {torch.float16: (-0x1BF71BF8, -0x2B7F2B80), torch.bfloat16: (-0x3CF73CF8, -0x3CF73CF8)}
 WIDE = (33, 640)  # rows of x that the warp-group product takes; fewer than 65 only of enough rows of W
+FUSED = {"enable_fp_fusion": True}  # a sum and a product are one instruction; from Triton 3.10 on it must be asked for
 WARPS = 32  # of a multiprocessor, to share the columns among
 
 
@@ -190,6 +191,7 @@ def launch(
         **cut(tile, w, branch=up is not None),
         num_warps=tile.across * tile.along,
         num_stages=1,
+        **FUSED,
     )
     return y
 
@@ -199,7 +201,7 @@ def launch_wide(tile: WideTile, x: Tensor, w: Fragments, out_features: int) -> T
     rows, blocks = x.shape[0], w.columns // 32
     x = _of_pairs(x)
     ordered = torch.empty(rows, w.columns, dtype=x.dtype, device=x.device)
-    order_kernel[(-(-blocks * 16 // 1024), rows)](x, ordered, x.shape[1] // 2, blocks, BLOCK=1024)
+    order_kernel[(-(-blocks * 16 // 1024), rows)](x, ordered, x.shape[1] // 2, blocks, BLOCK=1024, **FUSED)
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     words, _, scale, offset = pointers(w)
     wide_kernel[(-(-rows // tile.rows) * -(-out_features // tile.outputs),)](
@@ -215,6 +217,7 @@ def launch_wide(tile: WideTile, x: Tensor, w: Fragments, out_features: int) -> T
         **wide_constants(tile, x.dtype, w),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **FUSED,
     )
     return y
 
@@ -269,7 +272,7 @@ def arrange(x: Tensor, w: Fragments, eights: int) -> Tensor:
     made = torch.empty(eights, blocks, 256, dtype=x.dtype, device=x.device)
     rows, x = x.shape[0], _of_pairs(x)
     grid = (-(-blocks * 128 // 1024), eights)
-    arrange_kernel[grid](x, made, rows, x.shape[1] // 2, blocks, SPARSE=w.positions is not None, BLOCK=1024)
+    arrange_kernel[grid](x, made, rows, x.shape[1] // 2, blocks, SPARSE=w.positions is not None, BLOCK=1024, **FUSED)
     return made
 
 
@@ -277,5 +280,5 @@ def weight(dtype: torch.dtype, w: Fragments, out_features: int, in_features: int
     """The weight (out, in) that it stands for, rounded once to `dtype`."""
     made = torch.empty(16 * w.tiles, w.columns, dtype=dtype, device=w.words.device)
     steps = w.columns // w.step
-    weight_kernel[(steps, w.tiles)](*pointers(w), made, w.tiles, steps, **constants(dtype, w), num_warps=1)
+    weight_kernel[(steps, w.tiles)](*pointers(w), made, w.tiles, steps, **constants(dtype, w), num_warps=1, **FUSED)
     return made[:out_features, :in_features]
