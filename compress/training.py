@@ -159,6 +159,8 @@ def train(
             watcher.restore(found[0])
     else:
         numbers["first"] = numbers["best"] = _held_out(loss, held, settings, 0, share) if len(held) else math.inf
+        if watcher and not watcher.settled(0):
+            numbers["best"] = math.inf
     step = int(numbers["step"])
     running = math.nan
     while step < settings.steps and numbers["waited"] < settings.patience:
@@ -168,8 +170,9 @@ def train(
         step += 1
         if step % settings.evaluate_every == 0 or step == settings.steps:
             watched = _held_out(loss, held, settings, step, share) if len(held) else running
-            if watched < numbers["best"] or not len(held) or not (watcher is None or watcher.settled(step)):
-                numbers["best"], numbers["waited"] = watched, 0.0
+            comparable = watcher is None or watcher.settled(step)
+            if watched < numbers["best"] or not len(held) or not comparable:
+                numbers["best"], numbers["waited"] = watched if comparable else math.inf, 0.0
                 for name, p in parameters.items():
                     best[name].copy_(p.detach())
             else:

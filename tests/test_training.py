@@ -251,6 +251,41 @@ def test_training_stops_early_and_keeps_the_best() -> None:
         assert float(overshoot(parameters, held)(held)) == pytest.approx(numbers["best"])
 
 
+class Harder:
+    """A watcher after whose change, at a step between two looks, every loss is larger: as when units are masked."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.steps = at, 0
+
+    def observe(self, step: int) -> None:
+        self.steps = step + 1
+
+    def settled(self, steps: int) -> bool:
+        return steps >= self.at
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        assert tensors
+
+
+@pytest.mark.parametrize("at", [1, 6, 8, 12])
+def test_losses_before_a_change_do_not_count(at: int) -> None:
+    """The values are the best of the looks after it, though every loss before it was smaller."""
+    watcher, parameters, store = Harder(at), parameters_of(), Kept()
+    easy = squares(parameters)
+    settings = Training(steps=12, evaluate_every=4, batch_size=4, learning_rate=0.05, holdout=0.3)
+    loss = lambda chosen: easy(chosen) + (5.0 if watcher.steps >= at else 0.0)  # noqa: E731
+    numbers = train(parameters, loss, len(TARGETS), settings, store, watcher=watcher)
+    after = [(look, state) for look, state in zip(store.looks, store.states, strict=True) if look[0] >= at]
+    best = min(after, key=lambda one: one[0][2] or math.inf)
+    assert numbers["best"] == best[0][2]
+    assert numbers["first"] < numbers["best"]
+    assert all(torch.equal(p.detach(), best[1][0][f"{name}:now"]) for name, p in parameters.items())
+    assert not torch.equal(parameters["w"].detach(), torch.zeros(6))
+
+
 def test_where_training_only_hurts_nothing_changes() -> None:
     settings = Training(steps=1000, holdout=0.2, evaluate_every=2, patience=2)
     _, held = settings.split(len(TARGETS))
