@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from compress.compiling import compile_plan
 from compress.errors import PlanError, nearest
 from compress.estimate import check_disk, choose_mode, disk_bytes, seconds
-from compress.lock import compile_plan
 from compress.outcome import refuse_foreign
 from compress.passes.base import matches
 from compress.report import figure, human_bytes, human_seconds, percent

@@ -101,7 +101,7 @@ def explain(plan: Path, layer: str, /, *, device: str = "auto", dtype: str = "au
         _explain_kernel(plan, layer, device, dtype, as_json=as_json)
         return
     from compress.checking import explain as explain_layer
-    from compress.lock import compile_plan
+    from compress.compiling import compile_plan
     from compress.plan import load_plan
 
     found = explain_layer(compile_plan(load_plan(plan)), layer)

@@ -1,7 +1,7 @@
 """The pass manager: check, sweeps, export, verification, evaluation, report; resumable at every point.
 
 Read `run` first, then `Execution.carry_out`, then `compress.sweep`, the loop over decoder blocks. Everything that is
-decided before a weight is read is in `compress.lock`; everything that survives a kill is in `compress.journal`.
+decided before a weight is read is in `compress.compiling`; everything that survives a kill is in `compress.journal`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from compress.calibration.fisher import diagonal_fisher
 from compress.calibration.plan_source import make_tokens
 from compress.calibration.tokens import TokenSet
 from compress.checkpoint import Shard, TensorInfo, lay_out, read_file, read_header, read_tensor, slots_of, write_shard
+from compress.compiling import compile_plan, compile_stage
 from compress.distributed import World
 from compress.errors import OutputError, PlanError, RunError
 from compress.estimate import Mode, check_disk, choose_mode
@@ -24,7 +25,6 @@ from compress.export.huggingface import FinalTensors, export
 from compress.export.scales import verify_sets, write_sets
 from compress.export.verify import verify
 from compress.journal import Workspace, file_checksum, work_directory
-from compress.lock import Lock, compile_plan, compile_stage
 from compress.memory import reset_peak_memory, tame_allocator
 from compress.outcome import (
     assemble,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.lock import Linear
+    from compress.lock import Linear, Lock
     from compress.plan import Plan
     from compress.stream import Skeleton
 

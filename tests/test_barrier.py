@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.adapting import AdaptedLinear
 from compress.barrier import WholeModel, build
+from compress.compiling import compile_plan
 from compress.journal import Workspace
-from compress.lock import compile_plan
 from compress.passes import GPTQ, PERP, EoRA, Invariant, ModelPass, Note, SparseGPT, Wanda
 from compress.training_store import TrainingStore
 from tests.conftest import some_text, tiny_directory, write_tokenizer

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import compress
 from compress.checking import explain
+from compress.compiling import compile_plan
 from compress.errors import PlanError, RunError
-from compress.lock import compile_plan
 from tests.conftest import files_of, tiny_directory
 
 if TYPE_CHECKING:

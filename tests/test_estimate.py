@@ -10,9 +10,9 @@ import torch
 
 import compress
 from compress import estimate
+from compress.compiling import compile_plan
 from compress.errors import PlanError
 from compress.estimate import choose_mode, find_device, memory
-from compress.lock import compile_plan
 from compress.passes import Magnitude, SparseGPT, Wanda
 from tests.conftest import tiny_directory
 

@@ -11,7 +11,7 @@ import pytest
 
 from compress.checking import check_plan, explain
 from compress.checkpoint import INDEX, Checkpoint
-from compress.lock import compile_plan
+from compress.compiling import compile_plan
 from compress.passes import Invariant, LinearPass, LinearState, Moments, Note
 from compress.plan import load_plan
 from compress.rules import RULES

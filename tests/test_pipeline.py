@@ -17,8 +17,8 @@ from compress import estimate, pipeline
 from compress.architecture import architecture_for
 from compress.calibration import collect
 from compress.calibration.moments import Moments, Statistics
+from compress.compiling import compile_plan
 from compress.errors import RunError
-from compress.lock import compile_plan
 from compress.passes import Magnitude, SparseGPT, Wanda
 from compress.stream import Skeleton
 from tests.conftest import files_of, same_bits, some_text, tiny_directory, write_tokenizer

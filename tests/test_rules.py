@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.lock import compile_plan
+from compress.compiling import compile_plan
 from compress.plan import load_plan
 from compress.rules import RULES
 from tests.conftest import tiny_directory

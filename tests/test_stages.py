@@ -194,7 +194,7 @@ def test_what_check_and_explain_say_of_stages(folder: Path) -> None:
     assert [one["linears"] for one in found["passes"]] == [2, 14, 7]
     assert [one["sweep"] for one in found["passes"]] == [0, 1, 2]
     assert found["model"]["blocks"] == 2
-    lock = compress.lock.compile_plan(plan)
+    lock = compress.compiling.compile_plan(plan)
     first, second = (explain(lock, f"model.layers.{block}.mlp.down_proj") for block in (0, 1))
     assert (first["shape"], second["shape"]) == ([32, 24], [32, 24])
     assert "settings" in first["passes"][2]

@@ -235,7 +235,7 @@ def test_no_sketch_is_left(
 ) -> None:
     place = tmp_path_factory.mktemp("sketches")
     monkeypatch.setattr("tempfile.tempdir", str(place))
-    lock = compress.lock.compile_plan(compress.load_plan(staged / "plan.toml"))
+    lock = compress.compiling.compile_plan(compress.load_plan(staged / "plan.toml"))
     assert not left_in(place)  # while the lock is held
     assert [one.left is None for one in lock.stages] == [False, False, True]
     write(staged, WIDTH + NARROWER + SPARSE + EORA.replace("2", "64"))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.architecture import architecture_for
 from compress.calibration.plan_source import make_tokens
-from compress.lock import compile_plan
+from compress.compiling import compile_plan
 from compress.plan import load_plan
 from compress.structure import Cutter, Kept, Sizes, smaller_config
 from tests.conftest import some_text, tiny_directory, write_tokenizer

@@ -2,7 +2,7 @@
 
 A *local* pass (`LinearPass`) is fused into sweeps over decoder blocks; it sees one linear and the moments of its
 input, and may only change the `LinearState`. The rules of composition are data: what a pass establishes, requires
-and preserves. `compress.lock` refuses an order that breaks them.
+and preserves. `compress.rules` refuses an order that breaks them.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ import compress
 from compress.architecture import architecture_for
 from compress.calibration.plan_source import load_tokenizer
 from compress.calibration.tokens import eval_stream
+from compress.compiling import compile_plan
 from compress.errors import ModelError
 from compress.evals.perplexity import evaluate
 from compress.export.reader import open_model
-from compress.lock import compile_plan
 from compress.passes import GPTQ, PERP, RTN, EoRA, SparseGPT, Wanda, Where
 from tests.conftest import tiny_directory
 

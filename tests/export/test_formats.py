@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import compress
 from compress.checkpoint import DTYPE_NAMES, INDEX, Checkpoint
+from compress.compiling import compile_plan
 from compress.errors import PlanError
 from compress.evals.perplexity import evaluate
 from compress.export.bitstream import pack, unpack, words
@@ -23,7 +24,6 @@ from compress.export.formats import CodesFormat, known_formats
 from compress.export.gptq import GPTQFormat
 from compress.export.reader import open_model
 from compress.grid import Grid, GridSpec
-from compress.lock import compile_plan
 from compress.passes import RTN, Magnitude
 from compress.plan import Evaluate
 from tests.conftest import same_bits, tiny_directory

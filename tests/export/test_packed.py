@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 import compress
+from compress.compiling import compile_plan
 from compress.errors import ModelError
 from compress.export.reader import open_model
 from compress.kernels.pack import unpack_positions
-from compress.lock import compile_plan
 from compress.passes import GPTQ, RTN, EoRA, LQLoRA, Magnitude, SparseGPT, Wanda
 from tests.conftest import same_bits, tiny_directory
 

@@ -13,10 +13,10 @@ import compress
 from compress import pipeline
 from compress.calibration.moments import Moments, Statistics
 from compress.checkpoint import Checkpoint
+from compress.compiling import compile_plan
 from compress.errors import RunError
 from compress.export.huggingface import FinalTensors, export
 from compress.export.verify import read_independently, same_bits, verify
-from compress.lock import compile_plan
 from compress.passes import Magnitude
 from compress.state import LinearState
 from tests.conftest import tiny_directory

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import compress
 from compress.architecture import architecture_for
 from compress.calibration.moments import Moments, Statistics
+from compress.compiling import compile_plan
 from compress.errors import PlanError
 from compress.evals.perplexity import evaluate
-from compress.lock import compile_plan
 from compress.passes import AWQ, GPTQ, RTN, BlockState, LinearState, SparseGPT
 from compress.passes.awq import _usable
 from tests.conftest import tiny_directory

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.architecture import architecture_for
 from compress.calibration.plan_source import make_tokens
+from compress.compiling import compile_plan
 from compress.errors import PlanError
-from compress.lock import compile_plan
 from compress.passes import DepthPruning, Wanda
 from compress.passes.depth import chosen_by_angle
 from tests.conftest import tiny_directory

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import compress
 from compress.calibration.moments import Moments, Statistics
-from compress.lock import compile_plan
+from compress.compiling import compile_plan
 from compress.passes import GPTQ, EoRA, LinearState, SparseGPT, Where
 from compress.passes.eora import balanced, spend
 from compress.plan import load_plan

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import compress
 from compress.adapting import AdaptedLinear
+from compress.compiling import compile_plan
 from compress.errors import PlanError
-from compress.lock import compile_plan
 from compress.passes import LoRAPrune, loraprune
 from compress.passes.loraprune import importance_of
 from compress.training_store import TrainingStore

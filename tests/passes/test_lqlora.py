@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.calibration.fisher import diagonal_fisher
 from compress.calibration.plan_source import make_tokens
+from compress.compiling import compile_plan
 from compress.errors import PlanError, RunError
 from compress.export.reader import open_model
 from compress.grid import Grid, normal_float
 from compress.invariants import check_invariants
-from compress.lock import compile_plan
 from compress.passes import RTN, LinearState, Magnitude, Wanda
 from compress.passes.base import Invariant
 from compress.passes.bit_budget import allocate

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import compress
 from compress.adapting import AdaptedLinear
 from compress.calibration.moments import Moments, Statistics
+from compress.compiling import compile_plan
 from compress.errors import PlanError
 from compress.export.reader import open_model
-from compress.lock import compile_plan
 from compress.passes import GPTQ, PEQA, RTN, EoRA, LinearState, Magnitude
 from compress.passes.grid_search import rescaled
 from compress.passes.lqlora import LQLoRA

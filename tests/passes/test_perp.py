@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress import barrier, end_to_end, pipeline
 from compress.calibration.tokens import TokenSet
+from compress.compiling import compile_plan
 from compress.journal import Workspace
-from compress.lock import compile_plan
 from compress.passes import GPTQ, PERP, EoRA, SparseGPT, Wanda, Where, perp
 from compress.plan import load_plan
 from compress.rules import RULES
