@@ -13,6 +13,7 @@ from compress.architecture import architecture_for
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError, ModelError, PlanError
 from compress.export.formats import known_formats
+from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Pass, SettingError, matches
 from compress.passes.structured import Structured
