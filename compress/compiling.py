@@ -15,6 +15,7 @@ from compress.errors import CompressError, ModelError, PlanError
 from compress.export.formats import known_formats
 from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
+from compress.lock import Linear, Lock, files_of
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Pass, SettingError, matches
 from compress.passes.structured import Structured
 from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     from compress.architecture import Architecture
     from compress.plan import Plan
-
-from compress.lock import Linear, Lock, files_of
 
 
 def compile_plan(plan: Plan) -> Lock:
