@@ -141,20 +141,37 @@ class Job:
 
 
 def spread(jobs: list[Job], size: int) -> list[int]:
-    """Which of `size` processes does each job: the costliest first, each where it would be done soonest.
+    """Which of `size` processes does each job, so that the busiest has little.
 
-    The longest-processing-time rule (Graham, 1969): at most 4/3 of the shortest makespan, where no job has a setup.
+    The longest-processing-time rule (Graham, 1969), the costliest first, each where it would be done soonest; once for
+    single jobs and once for whole groups, of which the better is taken. Without setups the busiest has at most 4/3 of
+    the least possible.
     """
-    loads = [0.0] * size
-    groups: list[set[Hashable]] = [set() for _ in range(size)]
-    owners = [0] * len(jobs)
-    for index in sorted(range(len(jobs)), key=lambda n: (-jobs[n].cost - jobs[n].setup, n)):
-        job = jobs[index]
-        after = [load + job.cost + job.setup * (job.group not in met) for load, met in zip(loads, groups, strict=True)]
-        owner = owners[index] = after.index(min(after))
+    single = [[n] for n in range(len(jobs))]
+    groups: dict[Hashable, list[int]] = {}
+    for n, job in enumerate(jobs):
+        groups.setdefault(job.group, []).append(n)
+    spreads = [_longest_first(jobs, units, size) for units in (single, list(groups.values()))]
+    return min(spreads, key=lambda found: found[0])[1]
+
+
+def _longest_first(jobs: list[Job], units: list[list[int]], size: int) -> tuple[float, list[int]]:
+    """The busiest process's load and the owner of each job, where units of jobs stay together."""
+
+    def cost(unit: list[int], met: set[Hashable]) -> float:
+        setup = 0.0 if jobs[unit[0]].group in met else jobs[unit[0]].setup
+        return setup + sum(jobs[n].cost for n in unit)
+
+    loads, owners = [0.0] * size, [0] * len(jobs)
+    met: list[set[Hashable]] = [set() for _ in range(size)]
+    for unit in sorted(units, key=lambda unit: -cost(unit, set())):
+        after = [load + cost(unit, there) for load, there in zip(loads, met, strict=True)]
+        owner = after.index(min(after))
         loads[owner] = after[owner]
-        groups[owner].add(job.group)
-    return owners
+        met[owner].add(jobs[unit[0]].group)
+        for n in unit:
+            owners[n] = owner
+    return max(loads), owners
 
 
 class Share:
