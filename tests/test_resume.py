@@ -10,8 +10,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,7 +22,8 @@ from compress.errors import CompressError, OutputError, RunError
 from compress.journal import Workspace
 from compress.stream import Activations
 from compress.sweep import Sweep
-from tests.conftest import ROOT, files_of, some_text, tiny_directory
+from tests.conftest import files_of, some_text, tiny_directory
+from tests.crash import COMMITS, EVERYTHING, Runner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,124 +50,6 @@ scope = "global"
 use = "wanda"
 pattern = "2:4"
 """
-
-# Reads one JSON command a line: {plan, kill_at, points, after, overwrite}. Forks, runs the plan in the child and
-# answers {status, events}. A child dies by SIGKILL at the `kill_at`-th event, or `after` seconds from its start. Events
-# are the entries and exits of the functions in `points`.
-DRIVER = """
-import importlib, json, os, signal, sys, threading, time
-import jinja2
-import torch
-import compress
-from compress import pipeline
-from compress.errors import CompressError
-from compress.plan import load_plan
-import compress.calibration.plan_source
-import transformers.models.auto.tokenization_auto, transformers.models.llama.modeling_llama
-from tests.conftest import compile_report_once
-
-compile_report_once()
-load = jinja2.FileSystemLoader(os.path.dirname(compress.__file__))
-options = {"autoescape": True, "trim_blocks": True, "extensions": ["jinja2.ext.do"]}
-jinja2.Environment(loader=load, **options).get_template("report.html.jinja")
-torch.set_num_threads(1)
-
-def child(command, events):
-    lock, count = threading.Lock(), [0]
-    def tick():
-        with lock:
-            if count[0] == command.get("kill_at"):
-                os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(60)
-            count[0] += 1
-            os.pwrite(events, count[0].to_bytes(4, "little"), 0)
-    def watched(original):
-        def run(*args, **kwargs):
-            tick()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                tick()
-        return run
-    for point in command.get("points", ()):
-        module, _, path = point.partition(":")
-        owner = importlib.import_module(module)
-        *parents, name = path.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        setattr(owner, name, watched(getattr(owner, name)))
-    compress.run(load_plan(command["plan"]), overwrite=command.get("overwrite", False))
-
-print("ready", flush=True)
-for line in sys.stdin:
-    command = json.loads(line)
-    events = os.memfd_create("events")
-    os.pwrite(events, bytes(4), 0)
-    began = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            child(command, events)
-            code = 0
-        except CompressError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            code = error.exit_code
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if "after" in command:
-        time.sleep(command["after"])
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    count = int.from_bytes(os.pread(events, 4, 0), "little")
-    os.close(events)
-    answer = {"status": status, "events": count, "seconds": time.monotonic() - began}
-    print(json.dumps(answer), flush=True)
-"""
-COMMITS = [
-    "compress.journal:Workspace._commit",
-    "compress.sweep:write_shard",
-    "compress.export.huggingface:write_shard",
-    "compress.journal:Workspace.publish",
-]
-EVERYTHING = [
-    *COMMITS,
-    "os:fsync",
-    "compress.checkpoint:raw_bytes",
-    "compress.stream:Activations._write",
-    "compress.calibration.tokens:TokenSet.save",
-    "pathlib:Path.rename",
-    "pathlib:Path.replace",
-    "pathlib:Path.unlink",
-    "shutil:rmtree",
-    "shutil:copyfile",
-]
-
-
-class Runner:
-    """The process that forks the runs."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def __call__(self, folder: Path, **command: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"plan": str(folder / "plan.toml"), **command}) + "\n")
-        self.process.stdin.flush()
-        return dict(json.loads(self.process.stdout.readline()))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +97,7 @@ def kill_at_every(runner: Runner, folder: Path, points: list[str], step: int = 1
     kills = 0
     for number in range(offset, total["events"], step):
         start_over(folder)
-        found = runner(folder, points=points, kill_at=number)
+        found = runner(folder, points=points, at=number)
         assert found["status"] == -signal.SIGKILL, (number, found)
         if (folder / "out").exists():
             assert files_of(folder / "out") == files_of(folder / "reference"), number
@@ -255,7 +136,7 @@ def test_killed_at_random_times(runner: Runner, folder: Path, kills: int) -> Non
 def test_killed_again_and_again(runner: Runner, folder: Path) -> None:
     """Every run gets a few events further than its journal."""
     deaths = 0
-    while runner(folder, points=COMMITS, kill_at=5)["status"] == -signal.SIGKILL:
+    while runner(folder, points=COMMITS, at=5)["status"] == -signal.SIGKILL:
         deaths += 1
         assert deaths < 40
     assert deaths > 3
@@ -275,14 +156,14 @@ def test_killed_while_it_replaces_an_output(runner: Runner, folder: Path) -> Non
     for number in range(20):
         start_over(folder)
         shutil.copytree(folder / "old", folder / "out")
-        status = runner(folder, points=points, kill_at=number, overwrite=True)["status"]
+        status = runner(folder, points=points, at=number, options=["--overwrite"])["status"]
         left = files_of(folder / "out") if (folder / "out").exists() else None
         found.append("none" if left is None else "old" if left == old else "new")
         assert left in (None, old, new)
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        assert runner(folder, overwrite=True)["status"] == 0, number
+        assert runner(folder, options=["--overwrite"])["status"] == 0, number
         assert files_of(folder / "out") == new
         assert not (folder / ".out.compress").exists()
     assert list(dict.fromkeys(found)) == ["old", "none", "new"]

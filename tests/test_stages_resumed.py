@@ -14,7 +14,8 @@ from compress.errors import CompressError, OutputError, PlanError, RunError
 from compress.journal import Workspace
 from compress.sweep import Sweep
 from tests.conftest import files_of, some_text, tiny_directory
-from tests.test_resume import COMMITS, Interrupted, Runner, change_weight, flip
+from tests.crash import COMMITS, Runner
+from tests.test_resume import Interrupted, change_weight, flip
 from tests.test_stages import EORA, NARROWER, SPARSE, WIDTH, left_in, run, write
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def test_killed_between_and_inside_stages(runner: Runner, staged: Path, temporar
     assert_finished(staged)
     for number in range(5, total["events"], total["events"] // 6):
         shutil.rmtree(staged / "out")
-        assert runner(staged, points=COMMITS, kill_at=number)["status"] == -signal.SIGKILL
+        assert runner(staged, points=COMMITS, at=number)["status"] == -signal.SIGKILL
         if not (staged / "out").exists():
             assert runner(staged)["status"] == 0, number
         else:
