@@ -17,10 +17,10 @@ from compress.calibration.moments import Moments, Statistics
 from compress.checkpoint import DTYPES, Shard, lay_out, slots_of, write_shard
 from compress.errors import CompressError, RunError
 from compress.invariants import check_invariants
-from compress.journal import file_checksum
 from compress.memory import peak_memory, trim
 from compress.passes.base import BlockPass, BlockState, Note, Pass, SettingError
 from compress.reconstruct import BlockForward
+from compress.redo import mend
 from compress.report import BlockLine, LedgerLine
 from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
 from compress.stream import Activations
@@ -47,6 +47,9 @@ class Sweep:
     def carry_out(self) -> None:
         """Walk over the blocks once, from where the journal ends."""
         lock = self.lock
+        needed = any(lock.statistics(linear, self.number) for linear in lock.linears)
+        needed = needed or any(one.learns() for _, one in lock.block_passes(self.number))
+        mend(self, needed=needed)
         entries = self.work.entries("block", sweep=self.number)
         first = len(entries)
         if first == lock.blocks:
@@ -54,8 +57,6 @@ class Sweep:
         names = [lock.plan.passes[index].use() for index in lock.sweeps[self.number]]
         self.run.progress.sweep(self.number, len(lock.sweeps), first, names)
         self.surveyed = self._survey()
-        needed = any(lock.statistics(linear, self.number) for linear in lock.linears)
-        needed = needed or any(one.learns() for _, one in lock.block_passes(self.number))
         flow = self._inputs(entries) if needed else None
         for index in range(first, lock.blocks):
             began = time.perf_counter()
@@ -86,19 +87,14 @@ class Sweep:
 
     def _inputs(self, entries: list[dict[str, Any]]) -> Activations:
         """The activations in front of the next block: from the journal, or the embedded tokens."""
-        assert self.run.tokens is not None
         if entries:
-            entry = entries[-1]["activations"]
-            path = self.work.directory / entry["file"]
-            if file_checksum(path) == entry["sha256"]:
-                return Activations(path, self._shapes(), self.mode.dtype, keep=False)
-            self.work.forget_sweep(self.number)
-            entries.clear()
-            raise RunError(
-                "the journal's activations are damaged",
-                where=str(path),
-                fix="run the same command: the sweep starts over",
-            )
+            path = self.work.directory / entries[-1]["activations"]["file"]
+            return Activations(path, self._shapes(), self.mode.dtype, keep=False)
+        return self.embedded()
+
+    def embedded(self) -> Activations:
+        """The activations in front of the first block."""
+        assert self.run.tokens is not None
         flow = self._activations(0)
         with self.skeleton.loaded(self.skeleton.embedding):
             for batch, ids in enumerate(torch.split(self.run.tokens.ids, self.run.rows)):
@@ -128,6 +124,14 @@ class Sweep:
             after.put(batch, hidden)
         after.close()
         return after
+
+    def replayed(self, index: int, flow: Activations, kept: dict[str, Tensor]) -> Activations:
+        """The activations behind a block that is finished, as it left them; `kept`: what the journal keeps of it."""
+        with (
+            self.skeleton.block(index, self.as_parameters(index, kept)) as module,
+            self._walk(module, index, [], flow) as walk,
+        ):
+            return self._outputs(index, walk)
 
     # ------------------------------------------------------------------ block
 
