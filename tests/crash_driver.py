@@ -121,7 +121,6 @@ class Events:
 
 def child(command: dict[str, Any], memory: int) -> int:
     """The run; returns its exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     events = Events(memory, command)
     if command.get("action") == "read-only":
         _call(LIBC.unshare(NEW_NAMESPACE))
@@ -132,7 +131,13 @@ def child(command: dict[str, Any], memory: int) -> int:
         os.fsync = shadow.watched(os.fsync)  # type: ignore[assignment]
     for point in command.get("points", ()):
         events.watch(point)
-    return cli.main([command["plan"], *command.get("options", ())])
+    if command.get("at") == "start":
+        events.happen(command["action"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    try:
+        return cli.main([command["plan"], *command.get("options", ())])
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(command: dict[str, Any], memory: int, told: int) -> int:

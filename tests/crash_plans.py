@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from tests.conftest import REFERENCE, some_text, tiny_directory
+from tests.conftest import REFERENCE, tiny_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +16,7 @@ HEAD = """\
 [model]
 path = "{model}"
 [calibration]
-source = "text.txt"
+source = "../text.txt"
 samples = {samples}
 length = {length}
 [run]
@@ -37,21 +38,19 @@ class CrashPlan(NamedTuple):
     blocks: int = 2
     embedded: bool = False
 
-    def write(self, folder: Path) -> None:
-        """Write plan, text and, but for the embedded one, model into a folder."""
-        text = HEAD.format(
-            model=REFERENCE if self.embedded else "model",
-            samples=self.samples,
-            length=self.length,
-            refresh=self.refresh,
-        )
-        (folder / "plan.toml").write_text(text + self.passes)
+    def text(self) -> str:
+        """The plan, for a directory beside model and text."""
+        settings = {"samples": self.samples, "length": self.length, "refresh": self.refresh}
+        return HEAD.format(model="../model", **settings) + self.passes
+
+    def prepare(self, folder: Path) -> None:
+        """Write model and text into a folder."""
         if self.embedded:
-            (folder / "text.txt").write_text((REFERENCE.parent / "prose.txt").read_text())
+            (folder / "model").symlink_to(REFERENCE)
+            shutil.copy(REFERENCE.parent / "prose.txt", folder / "text.txt")
             return
         settings: dict[str, Any] = {"blocks": self.blocks, "intermediate_size": 64, "dtype": torch.float16}
         tiny_directory(folder / "model", "llama", **settings)
-        (folder / "text.txt").write_text(some_text(3000))
 
 
 PLANS: dict[str, CrashPlan] = {
@@ -88,7 +87,7 @@ PLANS: dict[str, CrashPlan] = {
     "scales": CrashPlan(
         GPTQ
         + f'[[pass]]\nuse = "peqa"\nname = "first"\n{SHORT}'
-        + f'[[pass]]\nuse = "peqa"\nname = "second"\nsource = "text.txt"\nseed = 1\n{SHORT}'
+        + f'[[pass]]\nuse = "peqa"\nname = "second"\nsource = "../text.txt"\nseed = 1\n{SHORT}'
         + '[[export]]\nformat = "gptq"\n',
     ),
     # Fisher information, a survey that chooses grids.
