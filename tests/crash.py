@@ -83,14 +83,38 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def journal_lines(work: Path) -> list[bytes]:
-    """The lines of a journal; none where there is no file."""
+    """The whole lines of a journal; none where there is no file."""
     path = work / "journal.jsonl"
-    return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [line for line in lines if is_whole(line)]
+
+
+def is_whole(line: bytes) -> bool:
+    """Whether a line of a journal has its checksum and its end."""
+    checksum, _, content = line.removesuffix(b"\n").partition(b" ")
+    return line.endswith(b"\n") and hashlib.sha256(content).hexdigest()[:16].encode() == checksum
 
 
 def entries_of(work: Path) -> list[dict[str, Any]]:
     """What the lines of a journal say."""
     return [json.loads(line.partition(b" ")[2]) for line in journal_lines(work)]
+
+
+def broken_promises(directory: Path) -> list[str]:
+    """Files that a journal below a directory vouches for, and that are not as it says.
+
+    Blocks and what is outside of them are kept to the end; of activations and of trainings, what the last line names.
+    """
+    broken = []
+    for work in [path.parent for path in directory.rglob("journal.jsonl")]:
+        entries = entries_of(work)
+        named = [entry for entry in entries if entry["kind"] in ("block", "outside")]
+        named += [one for entry in entries[-1:] for one in (entry, entry.get("activations")) if one and "file" in one]
+        for one in named:
+            path = work / one["file"]
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != one["sha256"]:
+                broken.append(one["file"])
+    return broken
 
 
 def flip_bit(path: Path, draw: random.Random) -> None:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from tests.crash import (
     COMMIT,
+    COMMITS,
     EVERYTHING,
     LOSSES,
     WORK,
     Runner,
     Shadow,
+    broken_promises,
     copy_tree,
     digests,
     flip_bit,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from tests.crash_plans import CrashPlan
 
 PAGE = 4096  # bytes, by which a tmpfs grows
+LAST = 4  # events behind the one that makes the output appear
 ATTEMPTS = 3  # of the same command: one may be refused, with what to do
 
 
@@ -113,9 +116,9 @@ class Case:
         self._expect(left == ["out", "plan.toml"], f"left behind: {left}")
         return "refused" if refused else "identical"
 
-    def _stop(self, at: int) -> Path:
-        """Kill a run at an event of the journal; returns where a copy of what it leaves is."""
-        found, kept = self.runner(self.start_over(), points=[COMMIT], at=at), self.base / "stopped"
+    def _stop(self, at: int, points: list[str]) -> Path:
+        """Kill a run at an event; returns where a copy of what it leaves is."""
+        found, kept = self.runner(self.start_over(), points=points, at=at), self.base / "stopped"
         self._expect(found["status"] == -signal.SIGKILL, found)
         shutil.rmtree(kept, ignore_errors=True)
         copy_tree(self.folder, kept)
@@ -162,9 +165,9 @@ class Case:
             self.trial("kill at a random time", attempt, round(after, 3))
 
     def power_cuts(self, count: int) -> None:
-        """Cut the power at `count` moments; of each, go on from every state in which the disk may be."""
-        shadow, places = self.base / "shadow", self.some(self.total(EVERYTHING), count)
-        for at in places:
+        """Cut the power at `count` moments and at the last ones; go on from every state in which the disk may be."""
+        shadow, total = self.base / "shadow", self.total(EVERYTHING)
+        for at in sorted({*self.some(total, count), *range(total - LAST, total)}):
             shutil.rmtree(shadow, ignore_errors=True)
             folder = self.start_over()
             found = self.runner(folder, points=EVERYTHING, at=at, shadow=shadow, root=folder)
@@ -177,6 +180,7 @@ class Case:
                 kept = len(journal_lines(cut / WORK))
                 there = (cut / "out").exists() or kept >= committed
                 self._expect(there, f"{kept} lines are left of {committed} that were committed")
+                self._expect(not (broken := broken_promises(cut)), f"in the journal, but not on the disk: {broken}")
                 return self.finish(cut)
 
             for loss in LOSSES if found["status"] == -signal.SIGKILL else ():
@@ -245,7 +249,7 @@ class Case:
         """Tear the last line of a journal at `count` bytes, put garbage behind it, leave out its end."""
         lines = self.total([COMMIT]) // 2
         for at in self.some(lines - 1, 3):
-            kept = self._stop(2 * at + 1)  # after the line is written
+            kept = self._stop(2 * at + 1, [COMMIT])  # after the line is written
             journals = [path for path in kept.rglob("journal.jsonl") if path.stat().st_size]
             journal = max(journals, key=lambda path: path.stat().st_mtime_ns).relative_to(kept)
             *head, last = (kept / journal).read_bytes().splitlines(keepends=True)
@@ -261,11 +265,14 @@ class Case:
                 self.trial("torn journal line", attempt, (at, len(end)))
 
     def flipped_bits(self, count: int) -> None:
-        """Flip one bit of a file of the work directory, at `count` moments, each kind of file about as often."""
-        moments = self.some(self.total([COMMIT]) - 1, max(2, count // 3))
+        """Flip one bit of a file of the work directory, `count` times, each kind of file about as often.
+
+        Every third time, the run that mends it is killed on its way.
+        """
+        moments = self.some(self.total(COMMITS) - 1, max(2, count // 3))
         seen: Counter[str] = Counter()
         for at in moments:
-            kept = self._stop(at)
+            kept = self._stop(at, COMMITS)
             files = [path.relative_to(kept) for path in kept.rglob("*") if path.is_file() and path.stat().st_size]
             files = [path for path in files if path.parts[0] == WORK and path.name != "lock"]
             for _ in range(3):
@@ -278,6 +285,8 @@ class Case:
                 def attempt(file: Path = file) -> str:
                     self._back()
                     flip_bit(self.folder / file, self.draw)
+                    if self.trials % 3 == 0:
+                        self.runner(self.folder, after=self.draw.uniform(0.0, self.seconds))
                     return self.finish()
 
                 self.trial(f"flipped bit, {kind_of(file)}", attempt, (at, str(file)))
