@@ -164,10 +164,10 @@ class Case:
 
             self.trial("kill at a random time", attempt, round(after, 3))
 
-    def power_cuts(self, count: int) -> None:
+    def power_cuts(self, count: int, last: int = LAST) -> None:
         """Cut the power at `count` moments and at the last ones; go on from every state in which the disk may be."""
         shadow, total = self.base / "shadow", self.total(EVERYTHING)
-        for at in sorted({*self.some(total, count), *range(total - LAST, total)}):
+        for at in sorted({*self.some(total, count), *range(total - last, total)}):
             shutil.rmtree(shadow, ignore_errors=True)
             folder = self.start_over()
             found = self.runner(folder, points=EVERYTHING, at=at, shadow=shadow, root=folder)
@@ -248,7 +248,7 @@ class Case:
     def torn_lines(self, count: int) -> None:
         """Tear the last line of a journal at `count` bytes, put garbage behind it, leave out its end."""
         lines = self.total([COMMIT]) // 2
-        for at in self.some(lines - 1, 3):
+        for at in self.some(lines - 1, min(3, max(1, count // 5))):
             kept = self._stop(2 * at + 1, [COMMIT])  # after the line is written
             journals = [path for path in kept.rglob("journal.jsonl") if path.stat().st_size]
             journal = max(journals, key=lambda path: path.stat().st_mtime_ns).relative_to(kept)

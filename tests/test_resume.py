@@ -6,6 +6,7 @@ imports and forks a child for every run; it starts no thread itself.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress import outcome
+from compress.calibration.tokens import TokenSet
 from compress.errors import CompressError, OutputError, RunError
 from compress.journal import Workspace
 from compress.stream import Activations
@@ -257,6 +259,44 @@ def test_a_torn_last_line(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: 
     assert_finished(folder)
 
 
+def journal_of_three(folder: Path) -> tuple[Path, bytes]:
+    """A journal, and its last line."""
+    workspace = Workspace(folder / "out")
+    for entry in ({"kind": "begin", "identity": {}, "plan": {}}, {"kind": "threads", "threads": 1}, {"kind": "ranks"}):
+        workspace.append(entry)
+    workspace.close()
+    return workspace.directory / "journal.jsonl", lines(workspace.directory)[-1]
+
+
+def reopened(folder: Path) -> list[str]:
+    """The kinds of line that a run finds."""
+    workspace = Workspace(folder / "out")
+    try:
+        return [entry["kind"] for entry in workspace._entries]
+    finally:
+        workspace.close()
+
+
+def test_a_line_torn_at_any_byte_is_cut_off(tmp_path: Path) -> None:
+    path, last = journal_of_three(tmp_path)
+    whole = path.read_bytes()
+    assert reopened(tmp_path) == ["begin", "threads", "ranks"]
+    for size in range(len(last)):
+        path.write_bytes(whole[: len(whole) - len(last) + size])
+        assert reopened(tmp_path) == ["begin", "threads"], size
+        assert path.read_bytes() == whole[: -len(last)]
+
+
+def test_any_flipped_bit_of_a_line_is_seen(tmp_path: Path) -> None:
+    path, last = journal_of_three(tmp_path)
+    whole = path.read_bytes()
+    for bit in range(8 * len(last)):
+        data = bytearray(whole)
+        data[len(whole) - len(last) + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        assert reopened(tmp_path) == ["begin", "threads"], bit
+
+
 @pytest.mark.parametrize("number", range(7))
 def test_a_damaged_line_ends_the_journal_there(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     work = interrupt(folder, monkeypatch, 1, 1)
@@ -309,6 +349,78 @@ def test_damaged_activations(folder: Path, monkeypatch: pytest.MonkeyPatch, swee
     run(folder)
     assert blocks == POINTS[2 * sweep + block :]  # none is compressed again for them
     assert_finished(folder)
+
+
+@pytest.mark.parametrize("which", ["blocks", "activations"])
+def test_a_block_that_comes_out_otherwise_has_its_sweep_start_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """As it might on another device: nothing that was built on the old one may stay."""
+    work = interrupt(folder, monkeypatch, 1, 1)
+    flip(work / "block-0-00001.safetensors", 99)
+    found = lines(work)
+    for number, line in enumerate(found):
+        entry = json.loads(line.partition(b" ")[2])
+        if (entry["kind"], entry.get("sweep"), entry.get("block")) == ("block", 0, 0 if which == "activations" else 1):
+            (entry["activations"] if which == "activations" else entry)["sha256"] = "0" * 64
+            payload = json.dumps(entry, sort_keys=True).encode()
+            found[number] = hashlib.sha256(payload).hexdigest()[:16].encode() + b" " + payload + b"\n"
+    (work / "journal.jsonl").write_bytes(b"".join(found))
+    blocks = watched(monkeypatch)
+    run(folder)
+    assert blocks[-4:] == POINTS
+    assert_finished(folder)
+
+
+def test_a_kill_on_the_way_to_a_damaged_block(runner: Runner, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = interrupt(folder, monkeypatch, 1, 1)
+    kept = folder.parent / f"{folder.name}-kept"
+    shutil.copytree(work, kept)
+    points = ["compress.redo:write_shard", "compress.stream:Activations._close", "pathlib:Path.unlink"]
+    deaths = 0
+    for at in range(30):
+        start_over(folder)
+        shutil.copytree(kept, work)
+        flip(work / "block-0-00001.safetensors", 99)
+        flip(next(work.glob("activations-*")), 9)
+        died = runner(folder, points=points, at=at)["status"] == -signal.SIGKILL
+        assert runner(folder)["status"] == 0, at
+        assert_finished(folder)
+        if not died:
+            break
+        deaths += 1
+    shutil.rmtree(kept)
+    assert deaths > 8
+
+
+def test_calibration_tokens_that_cannot_be_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source is a dataset on the hub, say, and has changed since."""
+    work = interrupt(folder, monkeypatch, 1, 1)
+    flip(work / "calibration.safetensors", 99)
+    with monkeypatch.context() as patch:
+        other = TokenSet(torch.ones(90, 24, dtype=torch.int64), torch.ones(90, 24, dtype=torch.bool))
+        patch.setattr("compress.pipeline.make_tokens", lambda *_: other)
+        for _ in range(2):
+            with pytest.raises(RunError, match="no longer gives the same"):
+                run(folder)
+    assert len(list(work.glob("block-*"))) == 3
+    run(folder)
+    assert_finished(folder)
+
+
+def test_the_work_directory_itself_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut may take it away with all that is in it."""
+    synced: list[Path] = []
+    monkeypatch.setattr("compress.journal.sync", synced.append)
+    workspace = Workspace(tmp_path / "a" / "b" / "out")
+    assert synced == [tmp_path / "a" / "b", tmp_path / "a", tmp_path]
+    workspace.append({"kind": "begin"})
+    assert synced[3:] == [workspace.directory]  # the journal's name
+    workspace.append({"kind": "threads"})
+    assert len(synced) == 4
+    workspace.close()
+    Workspace(tmp_path / "a" / "b" / "out").close()
+    assert len(synced) == 4
 
 
 # --- a journal of something else --------------------------------------------------------------------------------------
