@@ -31,6 +31,7 @@ MOMENTS: dict[str, int] = {
     "kills_at_lines": 0,
     "kills_at_random": 25,
     "power_cuts": 8,
+    "power_cuts_on_ext4": 6,
     "full_disks": 8,
     "read_only_disks": 4,
     "signals": 12,
@@ -38,7 +39,7 @@ MOMENTS: dict[str, int] = {
     "flipped_bits": 18,
     "second_processes": 2,
 }
-MOUNTING = ("full_disks", "read_only_disks")
+MOUNTING = ("power_cuts_on_ext4", "full_disks", "read_only_disks")
 EVERY = 1 << 30
 EMBEDDED_SHARE = 0.2  # of the moments for the embedded model, a run of which takes ten times as long
 
@@ -95,13 +96,14 @@ def main() -> int:
 
 
 def write(path: Path, cases: list[Case]) -> None:
-    """The table so far, with the command; of plans that were not asked for, what the file has stays."""
+    """The table so far, with the command; of other plans and faults, what the file has stays."""
     known = json.loads(path.read_text()) if path.is_file() else {"rows": [], "problems": [], "commands": []}
-    mine = {case.name for case in cases}
-    rows = [row for row in known["rows"] if row["plan"] not in mine] + table(cases)
+    fresh = table(cases)
+    mine = {(row["plan"], row["fault"]) for row in fresh}
+    rows = [row for row in known["rows"] if (row["plan"], row["fault"]) not in mine] + fresh
+    problems = [one for one in known["problems"] if tuple(one.split(": ")[0].split("; ")[:2]) not in mine]
     totals = {key: sum(row[key] for row in rows) for key in ("trials", "identical", "refused", "wrong")}
     commands = list(dict.fromkeys([*known["commands"], shlex.join(["python", *sys.argv])]))
-    problems = [one for one in known["problems"] if one.partition(",")[0] not in mine]
     problems += [problem for case in cases for problem in case.problems]
     content = {"commands": commands, "totals": totals, "rows": rows, "problems": problems}
     path.write_text(json.dumps(content, indent=1) + "\n")

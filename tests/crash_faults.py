@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from tests.crash_plans import CrashPlan
 
 PAGE = 4096  # bytes, by which a tmpfs grows
+DEVICE = 64 << 20  # bytes of a small disk
 LAST = 4  # events behind the one that makes the output appear
 ATTEMPTS = 3  # of the same command: one may be refused, with what to do
 
@@ -136,7 +138,7 @@ class Case:
             result = attempt()
         except Wrong as problem:
             result = "wrong"
-            self.problems.append(f"{self.name}, {fault}, {told}: {problem}")
+            self.problems.append(f"{self.name}; {fault}; {told}: {problem}")
         self.counts[fault, result] += 1
 
     # ------------------------------------------------------------------- faults
@@ -177,14 +179,44 @@ class Case:
                 cut = self.base / "cut"
                 shutil.rmtree(cut, ignore_errors=True)
                 Shadow(shadow, self.folder).rebuild(cut, loss, self.draw)
-                kept = len(journal_lines(cut / WORK))
-                there = (cut / "out").exists() or kept >= committed
-                self._expect(there, f"{kept} lines are left of {committed} that were committed")
-                self._expect(not (broken := broken_promises(cut)), f"in the journal, but not on the disk: {broken}")
-                return self.finish(cut)
+                return self._go_on(cut, committed)
 
             for loss in LOSSES if found["status"] == -signal.SIGKILL else ():
                 self.trial(f"power cut, {loss}", lambda loss=loss: attempt(loss), at)
+
+    def power_cuts_on_ext4(self, count: int, last: int = LAST) -> None:
+        """Cut the power of a disk with ext4: go on from what had reached the device, once ext4 has recovered it."""
+        total, image = self.total(EVERYTHING), self.base / "disk.image"
+        for at in sorted({*self.some(total, count), *range(total - last, total)}):
+
+            def attempt(at: int = at) -> str:
+                self.start_over()
+                cut, restored = self.base / "cut.image", self.base / "restored"
+                shutil.rmtree(restored, ignore_errors=True)
+                with image.open("wb") as file:
+                    file.truncate(DEVICE)
+                subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+                with mounted(self.folder, image):
+                    self.fill(self.folder)
+                    os.sync()
+                    found = self.runner(self.folder, points=EVERYTHING, at=at)
+                    shutil.copyfile(image, cut)  # what the kernel still holds back is not in it
+                    committed = len(journal_lines(self.folder / WORK)) - 1
+                self._expect(found["status"] == -signal.SIGKILL, found)
+                with mounted(self.folder, cut):
+                    shutil.rmtree(self.folder / "lost+found")
+                    copy_tree(self.folder, restored)
+                return self._go_on(restored, committed)
+
+            self.trial("power cut, ext4", attempt, at)
+
+    def _go_on(self, cut: Path, committed: int) -> str:
+        """After a power cut: nothing that was committed is missing, and the run ends as ever."""
+        kept = len(journal_lines(cut / WORK))
+        there = (cut / "out").exists() or kept >= committed
+        self._expect(there, f"{kept} lines are left of {committed} that were committed")
+        self._expect(not (broken := broken_promises(cut)), f"in the journal, but not on the disk: {broken}")
+        return self.finish(cut)
 
     def full_disks(self, count: int) -> None:
         """Fill the disk at `count` moments, but for none or a few pages."""
@@ -318,13 +350,14 @@ def kind_of(path: Path) -> str:
 
 
 @contextmanager
-def mounted(folder: Path) -> Iterator[None]:
-    """A small disk at a folder. Needs the right to mount."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder], check=True)
+def mounted(folder: Path, image: Path | None = None) -> Iterator[None]:
+    """A small disk at a folder, in memory or in an image. Needs the right to mount."""
+    what = ["-o", "loop", image] if image else ["-t", "tmpfs", "-o", f"size={DEVICE}", "none"]
+    subprocess.run(["mount", *what, folder], check=True)
     try:
         yield
     finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+        subprocess.run(["umount", folder], check=True)
 
 
 def may_mount(folder: Path) -> bool:

@@ -21,6 +21,7 @@ MOMENTS = {
     "kills_at_lines": (3, 30),
     "kills_at_random": (2, 10),
     "power_cuts": (1, 4),
+    "power_cuts_on_ext4": (1, 2),
     "full_disks": (1, 4),
     "read_only_disks": (1, 2),
     "signals": (2, 6),
@@ -28,6 +29,7 @@ MOMENTS = {
     "flipped_bits": (2, 12),
     "second_processes": (1, 2),
 }
+MOUNTING = ("power_cuts_on_ext4", "full_disks", "read_only_disks")
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,8 @@ def cases(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def befall(case: Case, fault: str, count: int) -> None:
     """Have a fault befall a plan `count` times, and all trials end well."""
     before = case.trials
-    if fault == "power_cuts":
-        case.power_cuts(count, last=count)
-    else:
-        getattr(case, fault)(count)
+    options = {"last": count} if fault.startswith("power_cuts") else {}
+    getattr(case, fault)(count, **options)
     assert case.problems == []
     assert case.trials >= before + count
 
@@ -66,7 +66,7 @@ def test_the_bytes_are_the_same(
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
 ) -> None:
-    if fault in ("full_disks", "read_only_disks") and not may_mount(tmp_path / "mount"):
+    if fault in MOUNTING and not may_mount(tmp_path / "mount"):
         pytest.skip("may not mount a file system")
     if name not in cases:
         cases[name] = Case(name, PLANS[name], tmp_path_factory.mktemp(name), runner)
