@@ -12,11 +12,12 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tests.conftest import ROOT, files_of
+
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
-ROOT = Path(__file__).parents[1]
 WORK = ".out.compress"
 COMMIT = "compress.journal:Workspace._commit"
 COMMITS = [
@@ -74,12 +75,8 @@ class Runner:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file of an output, by its path in it; but of the reports, which hold times."""
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in ("report.json", "report.html")
-    }
+    """SHA-256 of every file of an output that must not differ between two runs."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files_of(directory).items()}
 
 
 def journal_lines(work: Path) -> list[bytes]:
