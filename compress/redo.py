@@ -3,7 +3,7 @@
 Only the activations behind the last finished block are kept, but the journal remembers the checksum of those behind
 every block. So the way to a damaged file is walked again from the embedded tokens: intact blocks only run forward, with
 the weights that the journal keeps; a damaged one is compressed anew. Activations and file must have the checksums that
-they had, and then all that was built on them stands. Where they do not, which no run on one device has shown, the sweep
+they had, and then all that was built on them stands. Where they do not, which no run on a CPU has shown, the sweep
 starts over.
 """
 
@@ -37,15 +37,17 @@ def mend(sweep: Sweep, *, needed: bool) -> None:
     lost = len(entries) < sweep.lock.blocks and any(not work.intact(e["activations"]) for e in entries[-1:] if needed)
     if not damaged and not lost:
         return
-    names = [entry["file"] for place, entry in enumerate(entries) if place in damaged]
-    names += [entries[-1]["activations"]["file"]] if lost else []
-    sweep.run.progress.say(f"  {', '.join(names)} of the journal: damaged, made again")
+    names = [entries[place]["file"] for place in damaged] + ([entries[-1]["activations"]["file"]] if lost else [])
+    say, what = sweep.run.progress.say, f"  {', '.join(names)} of the journal: damaged"
+    if sweep.run.world.size > 1:  # what others computed is not for one process to walk again
+        say(f"{what}; sweep {number + 1} starts over")
+        work.forget_sweep(number)
+        return
+    say(f"{what}; made again")
     try:
-        if sweep.run.world.size > 1:
-            raise _Different
         _Walk(sweep, entries, needed=needed).redo(damaged, len(entries) if lost else max(damaged) + 1)
     except _Different:
-        sweep.run.progress.say(f"  it is not as it was: sweep {number + 1} starts over")
+        say(f"  it came out otherwise; sweep {number + 1} starts over")
         work.forget_sweep(number)
 
 
