@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,7 @@ from compress import __version__
 from compress.calibration.plan_source import source_digest
 from compress.card import write_card
 from compress.checkpoint import INDEX, MASKS, read_json
-from compress.errors import CompressError, OutputError
+from compress.errors import CompressError, OutputError, PlanError
 from compress.evals.commands import write_gate
 from compress.evals.perplexity import evaluate
 from compress.evals.planned import Measured, measure
@@ -92,11 +93,12 @@ def finished_report(lock: Lock, known: dict[str, str], output: Path, *, overwrit
 
 
 def finished_stage(lock: Lock, known: dict[str, str], output: Path) -> Report | None:
-    """The report of a stage that was run to its end; one of another plan is removed."""
+    """The report of a stage that was run to its end; one of another plan, or a damaged one, is removed."""
     if not output.is_dir():
         return None
     if _made_here(output) and read_json(output / "lock.json") == emitted_lock(lock, known):
-        return load_report(output)
+        with suppress(PlanError):
+            return load_report(output)
     shutil.rmtree(output)
     return None
 

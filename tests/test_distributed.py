@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,38 @@ def test_portions_are_a_partition(size: int, count: int) -> None:
     parts = [range(count)[world(rank, size).portion(count)] for rank in range(size)]
     assert [n for part in parts for n in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.slow
+def test_what_is_damaged_starts_over_in_all_of_them(tmp_path: Path) -> None:
+    """A file of a sweep, then one of a training, of a run that died in its last training."""
+    source(tmp_path)
+    passes = TRAIN + LONG
+    status, _, err = run(tmp_path, "whole", 2, passes)
+    assert status == 0, err
+    process = start(tmp_path, "out", 2, passes)
+    deadline = time.monotonic() + 240
+    while sum('"kind": "training"' in line and '"sweep": 4' in line for line in journal(tmp_path, "out")) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(processes_in(tmp_path)[0], signal.SIGKILL)
+    process.communicate(timeout=120)
+    kept = tmp_path / "kept"
+    shutil.copytree(tmp_path / ".out.compress", kept)
+    for name in ("block-0-00001", "block-1-00000"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(tmp_path / ".out.compress", ignore_errors=True)
+        shutil.copytree(kept, tmp_path / ".out.compress")
+        path = tmp_path / ".out.compress" / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        status, out, err = run(tmp_path, "out", 2, passes)
+        assert status == 0, err
+        assert f"{name}.safetensors of the journal: damaged" in out
+        skipped = ("plan.toml", "lock.json", "README.md", "adapter/adapter_config.json")  # they name the output
+        assert {n: b for n, b in files_of(tmp_path / "whole").items() if n not in skipped} == {
+            n: b for n, b in files_of(tmp_path / "out").items() if n not in skipped
+        }
 
 
 # ---------------------------------------------------------------- shares of a batch
