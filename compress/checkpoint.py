@@ -23,7 +23,7 @@ import torch
 from compress.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -138,6 +138,21 @@ class Checkpoint:
         """One tensor, as stored. Raises ModelError when the file ended or changed since its header was read."""
         info = self.tensors[name]
         return read_tensor(self.directory / info.file, info)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read tensors into its cache while something else goes on, where it can (Linux)."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        spans: dict[str, list[TensorInfo]] = {}
+        for name in names:
+            spans.setdefault(self.tensors[name].file, []).append(self.tensors[name])
+        for file, infos in spans.items():
+            handle = os.open(self.directory / file, os.O_RDONLY)
+            try:
+                for info in infos:
+                    os.posix_fadvise(handle, info.start, info.bytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
 
     def digest(self) -> str:
         """SHA-256 over names, dtypes, shapes and places of all tensors; the data itself is hashed as it is read."""

@@ -258,6 +258,11 @@ class Skeleton:
             for name in names:
                 self._unload(name)
 
+    def expect(self, index: int) -> None:
+        """Have the system read what a block will need, if there is such a block."""
+        if index < len(self.blocks):
+            self.checkpoint.expect(self.stored[name] for name in self.block_parameters(index))
+
     @contextmanager
     def dense_block(self, index: int) -> Iterator[nn.Module]:
         """One decoder block as the model came, for a while, whatever the block itself holds now."""

@@ -63,6 +63,7 @@ class Sweep:
         flow = self.flows.first(entries) if needed else None
         for index in range(first, lock.blocks):
             began = time.perf_counter()
+            self.skeleton.expect(index + 1)
             flow, ledger, artifact = self._block(index, flow)
             seconds = time.perf_counter() - began
             self._commit(index, flow, ledger, artifact, seconds)
