@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,13 +124,20 @@ def hard_limit(memory: int) -> Iterator[tuple[str, Callable[[], None], Callable[
             with suppress(OSError):
                 place.rmdir()
             continue
-        procs = place / "cgroup.procs"
         try:
-            yield "memory cgroup", lambda: procs.write_text(str(os.getpid())), lambda: int((place / peak).read_text())
+            yield "memory cgroup", partial(_enter, place), partial(_number, place / peak)
         finally:
             place.rmdir()
         return
-    yield "RLIMIT_DATA", lambda: resource.setrlimit(resource.RLIMIT_DATA, (memory, memory)), lambda: None
+    yield "RLIMIT_DATA", partial(resource.setrlimit, resource.RLIMIT_DATA, (memory, memory)), lambda: None
+
+
+def _enter(place: Path) -> None:
+    (place / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text(encoding="ascii"))
 
 
 def empty_cache() -> bool:
