@@ -26,7 +26,6 @@ from compress.stream import Activations
 from compress.sweep import Sweep
 from tests.conftest import files_of, some_text, tiny_directory
 from tests.crash import COMMITS, EVERYTHING, Runner
-from tests.models import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -260,44 +259,6 @@ def test_a_torn_last_line(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: 
     assert_finished(folder)
 
 
-def journal_of_three(folder: Path) -> tuple[Path, bytes]:
-    """A journal, and its last line."""
-    workspace = Workspace(folder / "out")
-    for entry in ({"kind": "begin", "identity": {}, "plan": {}}, {"kind": "threads", "threads": 1}, {"kind": "ranks"}):
-        workspace.append(entry)
-    workspace.close()
-    return workspace.directory / "journal.jsonl", lines(workspace.directory)[-1]
-
-
-def reopened(folder: Path) -> list[str]:
-    """The kinds of line that a run finds."""
-    workspace = Workspace(folder / "out")
-    try:
-        return [entry["kind"] for entry in workspace._entries]
-    finally:
-        workspace.close()
-
-
-def test_a_line_torn_at_any_byte_is_cut_off(tmp_path: Path) -> None:
-    path, last = journal_of_three(tmp_path)
-    whole = path.read_bytes()
-    assert reopened(tmp_path) == ["begin", "threads", "ranks"]
-    for size in range(len(last)):
-        path.write_bytes(whole[: len(whole) - len(last) + size])
-        assert reopened(tmp_path) == ["begin", "threads"], size
-        assert path.read_bytes() == whole[: -len(last)]
-
-
-def test_any_flipped_bit_of_a_line_is_seen(tmp_path: Path) -> None:
-    path, last = journal_of_three(tmp_path)
-    whole = path.read_bytes()
-    for bit in range(8 * len(last)):
-        data = bytearray(whole)
-        data[len(whole) - len(last) + bit // 8] ^= 1 << bit % 8
-        path.write_bytes(data)
-        assert reopened(tmp_path) == ["begin", "threads"], bit
-
-
 @pytest.mark.parametrize("number", range(7))
 def test_a_damaged_line_ends_the_journal_there(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     work = interrupt(folder, monkeypatch, 1, 1)
@@ -350,30 +311,6 @@ def test_damaged_activations(folder: Path, monkeypatch: pytest.MonkeyPatch, swee
     run(folder)
     assert blocks == POINTS[2 * sweep + block :]  # none is compressed again for them
     assert_finished(folder)
-
-
-FAST = ("gpt2", "gemma3_text")  # a transposed weight, and masks that differ between blocks
-
-
-@pytest.mark.parametrize("refresh", ["block", "subset"])
-@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
-def test_the_way_to_a_damaged_block_is_the_same_in_every_family(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, refresh: str
-) -> None:
-    """With branches, codes and masks in the blocks before: only the damaged one is compressed again."""
-    tiny_directory(tmp_path / "model", family, blocks=3, dtype=torch.bfloat16)
-    steps = '[[pass]]\nuse = "sparsegpt"\npattern = "2:4"\n[[pass]]\nuse = "gptq"\ngroup_size = 16\n'
-    head = PLAN.partition("[[pass]]")[0].replace('"subset"', f'"{refresh}"').replace("90", "9")
-    (tmp_path / "plan.toml").write_text(head + steps + '[[pass]]\nuse = "eora"\nrank = 3\n')
-    run(tmp_path)
-    (tmp_path / "out").rename(tmp_path / "reference")
-    work = interrupt(tmp_path, monkeypatch, 0, 2)
-    flip(work / "block-0-00001.safetensors", 300)
-    flip(work / "activations-0-00002-0.bin", 300)
-    blocks = watched(monkeypatch)
-    run(tmp_path)
-    assert blocks == [(0, 1), (0, 2)]
-    assert_finished(tmp_path)
 
 
 @pytest.mark.parametrize("which", ["blocks", "activations"])
@@ -431,21 +368,6 @@ def test_calibration_tokens_that_cannot_be_made_again(folder: Path, monkeypatch:
     assert len(list(work.glob("block-*"))) == 3
     run(folder)
     assert_finished(folder)
-
-
-def test_the_work_directory_itself_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a power cut may take it away with all that is in it."""
-    synced: list[Path] = []
-    monkeypatch.setattr("compress.journal.sync", synced.append)
-    workspace = Workspace(tmp_path / "a" / "b" / "out")
-    assert synced == [tmp_path / "a" / "b", tmp_path / "a", tmp_path]
-    workspace.append({"kind": "begin"})
-    assert synced[3:] == [workspace.directory]  # the journal's name
-    workspace.append({"kind": "threads"})
-    assert len(synced) == 4
-    workspace.close()
-    Workspace(tmp_path / "a" / "b" / "out").close()
-    assert len(synced) == 4
 
 
 # --- a journal of something else --------------------------------------------------------------------------------------
