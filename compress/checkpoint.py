@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 
 from compress.errors import ModelError
+from compress.model_files import MAX_JSON, is_inside, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,7 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+MAX_HEADER = MAX_JSON  # bytes, some 300,000 tensors a file; the format allows 100 MB, which take gigabytes as objects
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MASKS = "masks.safetensors"  # bit-packed masks beside weights that are stored as codes
@@ -182,7 +183,7 @@ def read_header(path: Path) -> Iterator[TensorInfo]:
         if len(head) < 8 or length > size - 8:
             raise wrong(f"truncated: the header needs {length + 8} bytes, the file has {size}")
         if length > MAX_HEADER:
-            raise wrong(f"the header claims {length} bytes; the format allows {MAX_HEADER}")
+            raise wrong(f"the header claims {length} bytes; of one at most {MAX_HEADER} are read")
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
@@ -235,28 +236,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise ValueError("a key appears twice")
     return result
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the model. Raises ModelError when it is missing or anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.name} is missing", where=str(path.parent), fix="copy the whole model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot be read as JSON: {error}", where=str(path), fix="copy the file again") from None
-    if not isinstance(value, dict):
-        raise ModelError("is not a JSON object", where=str(path), fix="copy the file again")
-    return value
-
-
-def is_inside(path: Path, directory: Path) -> bool:
-    """Whether a file lies in the directory; the hub's cache links snapshots to ../../blobs, which is its own layout."""
-    directory = directory.resolve()
-    roots = [directory]
-    if directory.parent.name == "snapshots":
-        roots.append((directory.parent.parent / "blobs").resolve())
-    return any(path.resolve().is_relative_to(root) for root in roots)
 
 
 def _no_weights(directory: Path) -> ModelError:
