@@ -104,6 +104,7 @@ class Tokenizer(Target):
 
     def prepare(self) -> None:
         self.text = some_text(400)
+        (self.model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
         self.files = ("tokenizer.json", "tokenizer_config.json")
         self.quick = (0, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)  # templates that do not wait for a limit
 
