@@ -18,7 +18,15 @@ from compress.hub import config_digest, find_model, load_config
 from compress.lock import Linear, Lock, files_of
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Pass, SettingError, matches
 from compress.passes.structured import Structured
-from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
+from compress.rules import (
+    check_calibration,
+    check_format,
+    check_order,
+    check_output,
+    check_passes,
+    check_patterns,
+    check_texts,
+)
 from compress.stream import Skeleton
 from compress.structure import Sizes, sketch
 
@@ -41,6 +49,7 @@ def compile_plan(plan: Plan) -> Lock:
     for stage in stages_of(plan):
         lock = compile_stage(plan, stage, lock)
     assert lock is not None
+    check_output(plan, lock.root.directory)
     check_texts(plan)
     return lock
 

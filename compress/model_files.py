@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MAX_JSON = 32 * MIB  # the index of the largest public model has 9 MiB
 # What transformers, tokenizers and compress read of a directory beside weights, and the size it may have.
 READ = {
+    "lock.json": 256 * MIB,  # of an output, which is a model directory, too
     "tokenizer.json": 256 * MIB,  # a vocabulary of 262,144 words and its merges take 32 MiB
     "vocab*": 256 * MIB,
     "merges.txt": 256 * MIB,

@@ -27,6 +27,7 @@ ROWS_MEMORY = 2 * GIB  # for reading the next rows: the pages of a column, or on
 MAX_FILE = 4 * GIB  # of a .txt file, which is held as a whole
 MAX_ARRAY, ARRAY_MEMORY = GIB, 8 * GIB  # of a .json file, and for the objects that it is parsed into
 MAX_LINE = 64 * MIB  # of a .jsonl file; the Bible has 4 MiB
+SMALL = MIB  # a line of no more cannot be large as objects
 MAX_RATIO, FREE = 200, 256 * MIB  # documents in memory per size of the file, and how much there may be of any file
 
 
@@ -41,7 +42,7 @@ def json_rows(path: Path) -> Iterator[Row]:
                 yield f"{path}, item {number}", row
             return
     with _refused(str(path)):
-        yield from each_within(_lines(path), ROWS_MEMORY)
+        yield from _lines(path)
 
 
 def _lines(path: Path) -> Iterator[Row]:
@@ -56,7 +57,9 @@ def _lines(path: Path) -> Iterator[Row]:
                     raise PlanError(f"a line has more than {MAX_LINE:,} bytes", where=place, fix=fix)
                 text = decode(line, path, number)
                 if text.strip():
-                    yield place, _parsed(text, place)
+                    with bounded_memory(ROWS_MEMORY if len(line) > SMALL else None):
+                        row = _parsed(text, place)
+                    yield place, row
     except OSError as error:
         raise unreadable(path, error) from error
 
@@ -84,11 +87,15 @@ def parquet_rows(path: Path, choose: Callable[[list[str]], str]) -> Iterator[Row
             mine = [path for path in texts if path.split(".")[0] == chosen]
             # As a dictionary: a text that is stored once and repeated is in memory once.
             with pyarrow.parquet.ParquetFile(path, read_dictionary=mine) as file:
-                for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[chosen]):
+                for batch in each_within(file.iter_batches(batch_size=PARQUET_ROWS, columns=[chosen]), ROWS_MEMORY):
+                    # A text is in memory already; a list may name it any number of times.
+                    bound = ROWS_MEMORY if pyarrow.types.is_nested(batch.schema.types[0]) else None
                     for value in batch.column(0):
                         number += 1
-                        yield f"{path}, row {number}", {chosen: value.as_py()}
-        except MemoryError:  # which pyarrow's is, too
+                        with bounded_memory(bound):
+                            row = {chosen: value.as_py()}
+                        yield f"{path}, row {number}", row
+        except MemoryError:  # pyarrow's is an ArrowException, too
             raise
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise PlanError(
@@ -98,7 +105,7 @@ def parquet_rows(path: Path, choose: Callable[[list[str]], str]) -> Iterator[Row
             ) from error
 
     with _refused(str(path)):
-        yield from each_within(rows(), ROWS_MEMORY)
+        yield from rows()
 
 
 @contextmanager
@@ -107,7 +114,7 @@ def _refused(where: str) -> Iterator[None]:
     try:
         yield
     except (LimitExceeded, MemoryError) as error:
-        problem = str(error) or "there is not enough memory for it"
+        problem = str(error) if isinstance(error, LimitExceeded) else "a row does not fit into memory"
         fix = "the file is damaged or hostile; cut it into smaller documents if you trust it"
         raise PlanError(f"cannot be read: {problem}", where=where, fix=fix) from None
 

@@ -7,6 +7,7 @@ bounded in time.
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import ModelError, PlanError
@@ -49,15 +50,27 @@ def _check_program(path: Path) -> None:
     """Refuse a tokenizer.json that makes texts much longer. Raises ModelError."""
     fix, growth = "copy the tokenizer of the original model", 1
     for step in _steps(read_json(path)):
-        if step.get("type") == "Replace":
-            content = step.get("content")
-            growth *= max(1, len(content)) if isinstance(content, str) else 1
+        growth *= max(1, _replacement(step))
         for key in ("prepend", "continuing_subword_prefix", "end_of_word_suffix", "replacement"):
             affix = step.get(key)
             if isinstance(affix, str) and len(affix) > MAX_AFFIX:
                 raise ModelError(f'"{key}" has {len(affix):,} characters', where=str(path), fix=fix)
         if growth > MAX_GROWTH:
             raise ModelError("its replacements can make a text 100 times as long", where=str(path), fix=fix)
+
+
+def _replacement(step: dict[str, Any]) -> int:
+    """The longest text that a step puts in the place of one character; 0 for none.
+
+    Whatever its "type" is: tokenizers goes by the other keys where it knows none of that name.
+    """
+    content, charsmap = step.get("content"), step.get("precompiled_charsmap")
+    longest = len(content) if isinstance(content, str) else 0
+    if isinstance(charsmap, str):  # of SentencePiece: the size of a trie, the trie, and what it leads to, each with NUL
+        blob = base64.b64decode(charsmap)
+        trie = int.from_bytes(blob[:4], "little")
+        longest = max(longest, *map(len, blob[4 + trie :].split(b"\0")))
+    return longest
 
 
 def _steps(tokenizer: dict[str, Any]) -> Iterator[dict[str, Any]]:

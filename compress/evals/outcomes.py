@@ -143,6 +143,8 @@ class Outcomes(Settings):
             version = content.get("schema_version") if isinstance(content, dict) else None
             if isinstance(version, int) and version > SCHEMA_VERSION:
                 raise ValueError(f"it has schema version {version}, and this compress reads up to {SCHEMA_VERSION}")
+            if (odd := _unprintable(content)) is not None:
+                raise ValueError(f"{odd!a} holds characters that cannot be printed")
             found = cls.model_validate(content)
             if found.samples_file is None or found.samples_file != Path(found.samples_file).name:
                 raise ValueError('"samples_file" names no file beside it')
@@ -159,6 +161,14 @@ class Outcomes(Settings):
         except Exception as error:  # pyarrow has an error of its own for each kind of damage
             reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
             raise PlanError(f"cannot be read: {reason}", where=str(path), fix=NO_BASELINE) from None
+
+
+def _unprintable(value: Any) -> str | None:
+    """A name or a text of a JSON document that a terminal would obey."""
+    if isinstance(value, str):
+        return None if value.isprintable() else value[:100]
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((odd for one in inner if (odd := _unprintable(one)) is not None), None)
 
 
 def prompts_hash(samples: Iterable[Sample]) -> str:
@@ -242,5 +252,9 @@ def _samples(table: Any) -> dict[str, list[Sample]]:
             gold=row["gold"],
             metrics={name: tuple(values) for name, values in row["metrics"]},
         )
+        if None in (*sample.loglikelihoods, *sample.greedy, *(n for m in sample.metrics.values() for n in m)):
+            raise ValueError("a sample lacks a value")
+        if sample.gold is not None and not 0 <= sample.gold < len(sample.loglikelihoods):
+            raise ValueError(f"of {len(sample.loglikelihoods)} choices none is number {sample.gold}")
         found.setdefault(row["task"], []).append(sample)
     return found
