@@ -27,7 +27,8 @@ HOSTILE: tuple[Any, ...] = (
     "org/name", "org/name@main", "evil.Evil", "evil:Evil", "__class__", "__reduce__", "tokenizer.json",
     "\x1b[2J\x1b]0;owned\x07", "a\nfix: pip install evil", "\x00", "\ud800", "\u202egnp.exe", "\N{PILE OF POO}",
     "<script>alert(1)</script>", "'\"><img src=x>", "{{ 7*7 }}", "{% for i in range(99999999) %}{% endfor %}",
-    "{{ ''.__class__.__mro__ }}", "re:(a+)+$", "(a+)+$", "(", "[", "\\", "%s%n", "$(touch owned)", "`touch owned`",
+    "{{ ''.__class__.__mro__ }}", "(a+)+$", "re:(.*)*!", "+:(.*)*!", "re:.*q_proj", "(", "[", "\\", "%s%n",
+    "$(touch owned)", "`touch owned`",
     [], {}, [[]], [None], [{}], [0] * 300, [1, 2], ["a", "b"], {"a": 1}, {"": {}}, {"__class__": "x"}, *DEEP,
 )  # fmt: skip
 

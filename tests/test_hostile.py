@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from compress.calibration.tokenizer import load_tokenizer, render
 from compress.calibration.tokens import eval_stream
 from compress.checkpoint import INDEX, SINGLE, Checkpoint
 from compress.errors import LONGEST, ModelError, PlanError
+from compress.export.formats import selects
 from compress.export.reader import open_model
 from compress.hub import load_config
 from compress.limits import GIB, MIB, LimitExceeded, bounded_memory, within
@@ -271,6 +273,65 @@ def test_an_output_is_not_replaced_by_what_is_made_of_it(model: Path, capsys: py
     Path("plan.toml").write_text(PLAN.replace('path = "model"', 'path = "out"'))
     assert "the output is the model directory" in refused(capsys, "plan.toml", "--overwrite")
     assert Checkpoint(Path("out")).tensors
+
+
+# ------------------------------------------------- patterns of quantized models
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(.*)*!",
+        "(a+)+$",
+        "(?:a|aa)*b",
+        r"(\w+\.?){9}!",
+        ".*.*.*!",
+        "(?x)(a+) *b",
+        r"(\()+(x)",
+        "a" * 2000,
+        "[a)]*[b]*c*",
+    ],
+)
+def test_a_pattern_that_could_take_forever(pattern: str) -> None:
+    with pytest.raises(ValueError, match="could take forever"):
+        selects(pattern, "model.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^model\.layers\.0\.(?:q|k)_proj$",
+        r".*q_proj",
+        r"model\.layers\.\d+\..*",
+        "[qk]_proj",
+        "q_proj|k_proj",
+        "",
+        r"\(a\)",
+    ],
+)
+def test_an_honest_pattern_matches_as_ever(pattern: str) -> None:
+    for name in ("model.layers.0.q_proj", "model.layers.1.k_proj", "q_proj", "(a)b", "lm_head"):
+        assert selects(pattern, name) == (re.match(pattern, name) is not None)
+
+
+@pytest.mark.parametrize(("form", "where"), [("gptq", "dynamic"), ("compressed-tensors", "config_groups")])
+def test_a_quantized_model_with_such_a_pattern(form: str, where: str, tmp_path: Path) -> None:
+    target = TARGETS[form](tmp_path)
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    quantization = config["quantization_config"]
+    if form == "gptq":
+        quantization["dynamic"] = {r"+:(\w+\.?)+!": {"bits": 4}}
+    else:
+        for group in quantization["config_groups"].values():
+            group["targets"] = [r"re:(\w+\.?)+!"]
+    path.write_text(json.dumps(config))
+    begun = time.monotonic()
+    with pytest.raises(ModelError, match="could take forever to match"):
+        open_model(tmp_path / "out")
+    assert time.monotonic() - begun < 30
+    assert target.name == form
+    assert where in quantization
 
 
 # --------------------------------------------------------------- tokenizers
