@@ -26,6 +26,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from compress import checkpoint, hub, model_files
+from compress.calibration import rows
 from compress.calibration import tokenizer as tokenizers
 from compress.calibration.rows import MAX_LINE
 from compress.calibration.sources import texts
@@ -33,6 +35,7 @@ from compress.calibration.tokenizer import load_tokenizer, render
 from compress.calibration.tokens import eval_stream
 from compress.checkpoint import INDEX, SINGLE, Checkpoint
 from compress.errors import LONGEST, ModelError, PlanError
+from compress.evals import outcomes
 from compress.export.formats import selects
 from compress.export.reader import open_model
 from compress.hub import load_config
@@ -585,3 +588,28 @@ def test_names_of_a_plan_do_not_reach_the_terminal(model: Path, capsys: pytest.C
     result = command(capsys, "check", "plan.toml")
     assert result.code == 2
     assert "\x1b[2J" not in result.err
+
+
+def test_the_limits_are_those_that_are_stated() -> None:
+    page = (ROOT / "SECURITY.md").read_text()
+    stated = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE))
+    sizes = {
+        "header of a safetensors file; JSON file of a model; baseline": f"{checkpoint.MAX_HEADER // MIB} MiB",
+        "chat template": f"{model_files.READ['*.jinja'] // MIB} MiB",
+        "time of a tokenizer for one text": f"{tokenizers.SECONDS:.0f} s, and 1 s for every "
+        f"{tokenizers.CHARACTERS_PER_SECOND:,} characters",
+        "what a tokenizer's replacements can make of a character": f"{tokenizers.MAX_GROWTH} characters",
+        "a line of `.jsonl`": f"{MAX_LINE // MIB} MiB",
+        "`.txt`; `.json`": f"{rows.MAX_FILE // GIB} GiB; {rows.MAX_ARRAY // GIB} GiB, and "
+        f"{rows.ARRAY_MEMORY // GIB} GiB for its objects",
+        "reading the next rows of `.parquet`, or a large line": f"{rows.ROWS_MEMORY // GIB} GiB more memory",
+        "documents of a file, in memory": f"{rows.MAX_RATIO} times its size, or {rows.FREE // MIB} MiB",
+        "a chat template, for one conversation": f"{tokenizers.TEMPLATE_SECONDS:.0f} s, and "
+        f"{tokenizers.TEMPLATE_MEMORY // GIB} GiB more memory",
+        "time to load a tokenizer": f"{tokenizers.LOADING:.0f} s, and "
+        f"{tokenizers.LOADING_MEMORY // GIB} GiB more memory",
+        "samples of a baseline": f"{outcomes.MAX_SAMPLES:,}; {outcomes.READING:.0f} s, and "
+        f"{outcomes.READING_MEMORY // GIB} GiB more memory",
+    }
+    assert {name: stated[name] for name in sizes} == sizes
+    assert stated["blocks, labels"].startswith(f"{hub.MAX_COUNT:,};")
