@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -176,7 +177,10 @@ def read_header(path: Path) -> Iterator[TensorInfo]:
     def wrong(problem: str) -> ModelError:
         return ModelError(problem, where=str(path), fix="the file is damaged or hostile; download or save it again")
 
-    size = path.stat().st_size
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise wrong("is not a file")
+    size = found.st_size
     with path.open("rb") as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")

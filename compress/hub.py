@@ -92,7 +92,9 @@ def load_config(directory: Path, *, trust_remote_code: bool, quantized: bool = F
     architecture_for(model_type)
     _check_values(raw, where)
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+        config.return_dict = True  # else forwards return tuples
+        return config
     except Exception as error:  # transformers raises many kinds for a wrong configuration
         raise ModelError(f"transformers refuses it: {reason(error)}", where=where, fix="correct config.json") from None
 

@@ -22,6 +22,7 @@ MAX_JSON = 32 * MIB  # the index of the largest public model has 9 MiB
 # What transformers, tokenizers and compress read of a directory beside weights, and the size it may have.
 READ = {
     "lock.json": 256 * MIB,  # of an output, which is a model directory, too
+    "report.json": 256 * MIB,
     "tokenizer.json": 256 * MIB,  # a vocabulary of 262,144 words and its merges take 32 MiB
     "vocab*": 256 * MIB,
     "merges.txt": 256 * MIB,

@@ -26,21 +26,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+import compress
 from compress import checkpoint, hub, model_files
 from compress.calibration import rows
 from compress.calibration import tokenizer as tokenizers
 from compress.calibration.rows import MAX_LINE
-from compress.calibration.sources import texts
+from compress.calibration.sources import file_digest, texts
 from compress.calibration.tokenizer import load_tokenizer, render
 from compress.calibration.tokens import eval_stream
-from compress.checkpoint import INDEX, SINGLE, Checkpoint
+from compress.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from compress.errors import LONGEST, ModelError, PlanError
 from compress.evals import outcomes
+from compress.evals.outcomes import Outcomes
 from compress.export.formats import selects
 from compress.export.reader import open_model
 from compress.hub import load_config
 from compress.limits import GIB, MIB, LimitExceeded, bounded_memory, within
 from compress.model_files import check_directory
+from compress.plan import load_plan
+from compress.report import load_report
 from fuzz.oracle import Broken, judged
 from fuzz.targets import TARGETS
 from tests.conftest import ROOT, tiny_directory
@@ -276,6 +280,22 @@ def test_an_output_is_not_replaced_by_what_is_made_of_it(model: Path, capsys: py
     Path("plan.toml").write_text(PLAN.replace('path = "model"', 'path = "out"'))
     assert "the output is the model directory" in refused(capsys, "plan.toml", "--overwrite")
     assert Checkpoint(Path("out")).tensors
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b'{"max_new_tokens": -5}', b'{"temperature": -1}'])
+def test_a_damaged_generation_config(content: bytes, model: Path, tmp_path: Path) -> None:
+    """Whoever reads it: compress.load, and calibration by text of the model's own."""
+    (model / "generation_config.json").write_bytes(content)
+    Path("plan.toml").write_text(PLAN.replace('"text.txt"', '"self"'))
+    for read in (lambda: compress.load("model", device="cpu"), lambda: compress.run(load_plan("plan.toml"))):
+        with judged(tmp_path):
+            read()
+
+
+def test_forwards_answer_as_ever(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """config.json can ask for tuples, in which nobody looks for logits."""
+    configure(return_dict=False, output_hidden_states=True)
+    assert command(capsys, "plan.toml").code == 0
 
 
 # ------------------------------------------------- patterns of quantized models
@@ -534,6 +554,30 @@ def test_many_small_rows_are_no_bomb(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": ""}\n' * 50_000 + '{"text": "a"}\n')
     assert len(list(texts(str(path), default_split="train"))) == 50_001
+
+
+def _read_header(folder: Path) -> None:
+    list(read_header(folder / "fifo.safetensors"))
+
+
+def _load_report(folder: Path) -> None:
+    (folder / "fifo.safetensors").rename(folder / "report.json")
+    load_report(folder)
+
+
+def _load_baseline(folder: Path) -> None:
+    Outcomes.load(folder / "fifo.safetensors")
+
+
+def _digest(folder: Path) -> None:
+    file_digest(folder / "fifo.safetensors")
+
+
+@pytest.mark.parametrize("reader", [_read_header, _load_report, _load_baseline, _digest])
+def test_a_fifo_anywhere_else(reader: Callable[[Path], None], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    with pytest.raises(PlanError, match="is not a file"):
+        reader(tmp_path)
 
 
 # ------------------------------------------------------------------- limits

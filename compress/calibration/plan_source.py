@@ -13,6 +13,7 @@ from compress.calibration.tokenizer import load_tokenizer
 from compress.calibration.tokens import TokenSet, build
 from compress.errors import ModelError, PlanError
 from compress.export.adapter import CONFIG as ADAPTER_CONFIG
+from compress.hub import reason
 
 if TYPE_CHECKING:
     from compress.lock import Lock
@@ -91,11 +92,17 @@ def _sampled(lock: Lock, tokenizer: Any, device: torch.device) -> TokenSet:
         fix = "give the directory of a whole model, or another calibration source"
         raise ModelError(f"holds {ADAPTER_CONFIG}, an adapter of another model", where=str(lock.directory), fix=fix)
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        lock.directory,
-        dtype=torch.float32 if device.type == "cpu" else "auto",
-        trust_remote_code=lock.plan.model.trust_remote_code,
-        local_files_only=True,
-        use_safetensors=True,
-    ).to(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            lock.directory,
+            dtype=torch.float32 if device.type == "cpu" else "auto",
+            trust_remote_code=lock.plan.model.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        problem = f"transformers cannot load it: {type(error).__name__}: {reason(error)}"
+        fix = "correct config.json and generation_config.json, or give a text as the source"
+        raise ModelError(problem, where=str(lock.directory), fix=fix) from None
+    model = model.to(device)
     return generate(model, tokenizer, samples=settings.samples, length=settings.length, seed=settings.seed)

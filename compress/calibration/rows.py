@@ -8,6 +8,7 @@ read, and a file that says far more than its size is refused.
 from __future__ import annotations
 
 import json
+import stat
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -145,6 +146,7 @@ def _memory_of(value: Any) -> int:
 def read(path: Path, limit: int = MAX_FILE) -> bytes:
     """All bytes of a file. Raises PlanError where it cannot be read, or has more than `limit`."""
     try:
+        check_regular(path)
         size = path.stat().st_size
         if size > limit:
             problem = f"has {size:,} bytes; of a {path.suffix} file at most {limit:,} are read"
@@ -152,6 +154,12 @@ def read(path: Path, limit: int = MAX_FILE) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a FIFO or a device, which may never end. Raises PlanError, and OSError where there is nothing."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise PlanError("is not a file", where=str(path), fix="give a file of text or data")
 
 
 def decode(data: bytes, path: Path, line: int = 1) -> str:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from compress.calibration.rows import decode, json_rows, modest, parquet_rows, read, unreadable
+from compress.calibration.rows import check_regular, decode, json_rows, modest, parquet_rows, read, unreadable
 from compress.errors import PlanError, nearest
 from compress.limits import GIB, each_within
 
@@ -259,6 +259,7 @@ def paragraphs(text: str) -> Iterator[str]:
 def file_digest(path: str | Path) -> str:
     """The sha256 of a file's bytes, in hex. Raises PlanError where it cannot be read."""
     try:
+        check_regular(Path(path).expanduser())
         with Path(path).expanduser().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
