@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tempfile
 import tomllib
 from pathlib import Path
@@ -264,6 +265,8 @@ class ReportFile(Target):
             page, card = (Path(place, name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
         if "<script>alert" in page or "<img src=x" in page:
             raise Broken("markup of the report is in its page")
+        if re.search(r"(?<!\\)<(script|img)", re.sub(r"`[^`\n]*`", "", card)):  # code spans hold no markup
+            raise Broken("markup of the report is in its card")
         if "\x1b" in stored.getvalue():
             raise Broken("a name moves the terminal's cursor")
         return page, card
