@@ -100,7 +100,7 @@ class Checkpoint:
             raise ModelError('"weight_map" is missing or empty', where=str(index), fix="save the model again")
         files: dict[str, list[str]] = {}
         for name, file in weight_map.items():
-            if not isinstance(file, str) or file != Path(file).name or file in ("", ".", "..") or "\\" in file:
+            if not _is_plain(file):
                 raise ModelError(
                     f'tensor "{name}" is said to be in {file!r}, outside the model directory',
                     where=str(index),
@@ -145,6 +145,13 @@ class Checkpoint:
         """SHA-256 over names, dtypes, shapes and places of all tensors; the data itself is hashed as it is read."""
         lines = (f"{t.name} {t.dtype} {t.shape} {t.file} {t.start}" for _, t in sorted(self.tensors.items()))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _is_plain(file: Any) -> bool:
+    """Whether an index names a file of its own directory."""
+    if not isinstance(file, str) or file != Path(file).name or file in ("", ".", "..") or "\\" in file:
+        return False
+    return len(file.encode(errors="replace")) <= 255  # no file has a longer name
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +101,17 @@ def load_config(directory: Path, *, trust_remote_code: bool, quantized: bool = F
 
 
 def _check_values(raw: dict[str, Any], where: str) -> None:
-    """Refuse what would have transformers make huge lists, or fetch native code, before anything is compared."""
+    """Refuse what would have transformers make huge lists, fail late or fetch native code, before it is read."""
     for key in COUNTS:
         value = raw.get(key)
         if isinstance(value, (int, float)) and value > MAX_COUNT:
             raise ModelError(
                 f'"{key}" is {value}; at most {MAX_COUNT} are read', where=where, fix="correct config.json"
             )
+    spread = raw.get("initializer_range")
+    if isinstance(spread, (int, float)) and not 0 <= spread < math.inf:  # of weights that are drawn and then replaced
+        problem = f'"initializer_range" is {spread}, no standard deviation'
+        raise ModelError(problem, where=where, fix="correct config.json")
     for key in KERNELS:
         if raw.get(key) not in (None, "eager", "sdpa"):
             fix = f'remove "{key}"; compress computes with torch alone'

@@ -38,6 +38,7 @@ from compress.checkpoint import INDEX, SINGLE, Checkpoint, read_header
 from compress.errors import LONGEST, ModelError, PlanError
 from compress.evals import outcomes
 from compress.evals.outcomes import Outcomes
+from compress.evals.specs import read_specs
 from compress.export.formats import selects
 from compress.export.reader import open_model
 from compress.hub import load_config
@@ -167,6 +168,13 @@ def test_more_blocks_than_the_weights_can_fill(model: Path, capsys: pytest.Captu
     assert f"do not match the {tensors} stored tensors: a block has 7 at least" in refused(capsys, "check", "plan.toml")
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_spread_that_is_none(value: float, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers draws weights with it where it computes a module's buffers, in the midst of a run."""
+    configure(initializer_range=value)
+    assert f'"initializer_range" is {value}, no standard deviation' in refused(capsys, "check", "plan.toml")
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 @pytest.mark.parametrize("value", ["evil/kernels", "kernels-community/flash-attn3", "flash_attention_2", {"": "a/b"}])
 def test_kernels_that_the_hub_would_be_asked_for(
@@ -212,6 +220,18 @@ def test_a_folder_that_is_a_link_out(name: str, model: Path, tmp_path: Path) -> 
     (model / name).symlink_to(tmp_path / "private")
     with pytest.raises(ModelError, match="leads outside"):
         open_model(model)
+
+
+def test_a_name_that_no_file_can_have(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a" * 300
+    (model / SINGLE).unlink()
+    (model / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    assert "outside the model directory" in refused(capsys, "check", "plan.toml")
+    for old in ('"model"', '"text.txt"', '"out"'):
+        Path("plan.toml").write_text(PLAN.replace(old, f'"./{name}"'))
+        assert "has a part of 300 bytes" in refused(capsys, "check", "plan.toml")
+    with pytest.raises(PlanError, match="File name too long"):
+        read_specs([f"minimal_pairs:{name}.jsonl"], Path(), "tasks")
 
 
 def test_links_in_a_circle(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
