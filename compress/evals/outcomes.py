@@ -156,8 +156,8 @@ class Outcomes(Settings):
             first = error.errors(include_url=False, include_input=False)[0]
             key = ".".join(map(str, first["loc"])) or "the document"
             raise PlanError(f"{key}: {first['msg']}", where=str(path), fix=NO_BASELINE) from None
-        except PlanError:
-            raise
+        except PlanError as error:
+            raise PlanError(error.problem, where=error.where, fix=NO_BASELINE) from None
         except Exception as error:  # pyarrow has an error of its own for each kind of damage
             reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
             raise PlanError(f"cannot be read: {reason}", where=str(path), fix=NO_BASELINE) from None
