@@ -69,7 +69,7 @@ def check_file(path: Path, directory: Path) -> None:
         raise _leads_out(path)
     try:
         found = path.stat()
-    except FileNotFoundError:  # a dangling link: whoever needs it says that it is missing
+    except (FileNotFoundError, NotADirectoryError):  # a dangling link, say: whoever needs it says that it is missing
         return
     if not stat.S_ISREG(found.st_mode):
         raise ModelError("is not a file", where=str(path), fix="copy the model again")
