@@ -135,6 +135,14 @@ def test_a_name_that_no_file_can_have(model: Path, capsys: pytest.CaptureFixture
         read_specs([f"minimal_pairs:{name}.jsonl"], Path(), "tasks")
 
 
+@pytest.mark.parametrize("setting", [f"samples = {2**53}", f"length = {2**53}"])
+def test_a_calibration_set_beyond_all_use(setting: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The estimate makes a list of its batches."""
+    key = setting.split()[0]
+    Path("plan.toml").write_text(re.sub(rf"{key} = \d+", setting, PLAN))
+    assert f"calibration.{key}: " in refused(capsys, "check", "plan.toml")
+
+
 def test_links_in_a_circle(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.json").symlink_to("tokenizer.json")

@@ -135,8 +135,8 @@ def test_a_chat_template_is_a_program(
 
 
 def page_bomb(path: Path) -> None:
-    """One text of 300 MB, a page of its own, which compresses to 10 kB."""
-    text = pyarrow.array(["a" * 300_000_000], pyarrow.large_string())
+    """One text of 180 MB, a page of its own, which compresses to 6 kB."""
+    text = pyarrow.array(["a" * 180_000_000], pyarrow.large_string())
     parquet.write_table(pyarrow.table({"text": text}), path, compression="zstd", use_dictionary=False)
 
 
