@@ -66,12 +66,12 @@ class _Walk:
             _Different: a file or activations have another checksum than before.
         """
         sweep = self.sweep
-        sweep.surveyed = sweep._survey()
+        sweep.surveyed = sweep.survey()
         flow = sweep.flows.embedded() if self.needed else None
         for index in range(last):
             before, entry = flow, self.entries[index]
             if index in damaged:
-                flow, _, artifact = sweep._block(index, flow)
+                flow, _, artifact = sweep.block(index, flow)
                 self._write(entry, artifact)
             elif flow is not None:
                 flow = sweep.replayed(index, flow, read_file(sweep.work.directory / entry["file"]))

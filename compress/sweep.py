@@ -57,14 +57,14 @@ class Sweep:
             return
         names = [lock.plan.passes[index].use() for index in lock.sweeps[self.number]]
         self.run.progress.sweep(self.number, len(lock.sweeps), first, names)
-        self.surveyed = self._survey()
+        self.surveyed = self.survey()
         self.run.world.announce(self.number)
         self.run.world.together = True
         flow = self.flows.first(entries) if needed else None
         for index in range(first, lock.blocks):
             began = time.perf_counter()
             self.skeleton.expect(index + 1)
-            flow, ledger, artifact = self._block(index, flow)
+            flow, ledger, artifact = self.block(index, flow)
             seconds = time.perf_counter() - began
             self._commit(index, flow, ledger, artifact, seconds)
             self._show(index, ledger, seconds)
@@ -72,7 +72,7 @@ class Sweep:
             trim(4 * sum(linear.weights for linear in lock.in_block(index)))
         self.run.world.together = False
 
-    def _survey(self) -> Surveyed:
+    def survey(self) -> Surveyed:
         """Settings that passes of this sweep draw from the whole model, by pass and linear; journaled."""
         found: Surveyed = {}
         for index in self.lock.sweeps[self.number]:
@@ -90,7 +90,7 @@ class Sweep:
 
     # ------------------------------------------------------------------ block
 
-    def _block(
+    def block(
         self, index: int, flow: Activations | None
     ) -> tuple[Activations | None, list[LedgerLine], dict[str, Tensor]]:
         """Compress one block; returns the activations behind it, its ledger and what the journal keeps."""

@@ -313,13 +313,13 @@ def test_damaged_results_are_made_again(
     work = stopped(11)
     damage(work / f"{name}.safetensors")
     blocks: list[tuple[int, int]] = []
-    original = Sweep._block
+    original = Sweep.block
 
     def note(self: Sweep, index: int, *arguments: Any) -> Any:
         blocks.append((self.number, index))
         return original(self, index, *arguments)
 
-    monkeypatch.setattr(Sweep, "_block", note)
+    monkeypatch.setattr(Sweep, "block", note)
     again(work.parent)
     assert blocks == [(2, 1)]
     assert everything(work.parent / "out") == everything(source / "reference")

@@ -184,7 +184,7 @@ def run(folder: Path, **options: Any) -> Any:
 
 def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: int, block: int) -> Path:
     """Run until this block begins; returns the work directory."""
-    original = Sweep._block
+    original = Sweep.block
 
     def stop(self: Any, *arguments: Any) -> Any:
         if (self.number, arguments[0]) == (sweep, block):
@@ -192,7 +192,7 @@ def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: int, block: 
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sweep, "_block", stop)
+        patch.setattr(Sweep, "block", stop)
         with pytest.raises(Interrupted):
             run(folder)
     return folder / ".out.compress"
@@ -201,13 +201,13 @@ def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: int, block: 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The (sweep, block) that are compressed from now on."""
     blocks: list[tuple[int, int]] = []
-    original = Sweep._block
+    original = Sweep.block
 
     def note(self: Sweep, index: int, *arguments: Any) -> Any:
         blocks.append((self.number, index))
         return original(self, index, *arguments)
 
-    monkeypatch.setattr(Sweep, "_block", note)
+    monkeypatch.setattr(Sweep, "block", note)
     return blocks
 
 

@@ -64,7 +64,7 @@ def assert_finished(folder: Path) -> None:
 
 def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, stage: int, block: int = 1) -> Path:
     """Run until this block of a stage begins; returns the work directory."""
-    original = Sweep._block
+    original = Sweep.block
 
     def stop(self: Sweep, index: int, *arguments: Any) -> Any:
         if (len(self.lock.stages) - 1, index) == (stage, block):
@@ -72,7 +72,7 @@ def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, stage: int, block: 
         return original(self, index, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sweep, "_block", stop)
+        patch.setattr(Sweep, "block", stop)
         with pytest.raises(Interrupted):
             run(folder)
     return folder / ".out.compress"
@@ -81,13 +81,13 @@ def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, stage: int, block: 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The (stage, block) that are worked on from now on."""
     blocks: list[tuple[int, int]] = []
-    original = Sweep._block
+    original = Sweep.block
 
     def note(self: Sweep, index: int, *arguments: Any) -> Any:
         blocks.append((len(self.lock.stages) - 1, index))
         return original(self, index, *arguments)
 
-    monkeypatch.setattr(Sweep, "_block", note)
+    monkeypatch.setattr(Sweep, "block", note)
     return blocks
 
 
