@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
 import shutil
 import sys
@@ -77,6 +78,7 @@ def main() -> None:
         folder = Path(name)
         tempfile.tempdir = str(folder / "temporary")
         Path(tempfile.tempdir).mkdir()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "temporary")  # torch makes a folder where it is imported
         order = random.Random(0).sample(range(given.plans), given.plans)
         for number in order:
             passes, kind = chains(number)
