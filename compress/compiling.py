@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from compress.architecture import architecture_for
+from compress.architecture import architecture_for, is_heterogeneous, of_block
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError, ModelError, PlanError
 from compress.export.formats import known_formats
@@ -119,6 +119,10 @@ def _left(plan: Plan, stage: tuple[int, ...], architecture: Architecture, config
     if not isinstance(one, Structured):
         return None
     try:
+        if is_heterogeneous(config):
+            problem = "blocks have different widths already, and structured pruning makes them of one"
+            fix = "put it in front of the pass with heterogeneous = true" if stage[0] else "give the model from before"
+            raise SettingError(problem, fix)
         return one.left(Sizes.of(architecture, config), architecture, config)
     except SettingError as error:
         raise plan.refusal(stage[-1], error) from None
@@ -192,7 +196,8 @@ def _with_block_passes(
             targets = [name for name, n in inside.items() if index in dict(linears[n].passes)]
             later = {name for name, n in inside.items() if any(i > index and p.grid() for i, p in linears[n].passes)}
             try:
-                taken = one.takes(skeleton.architecture, skeleton.config, targets, later) if targets else []
+                config = of_block(skeleton.config, block)
+                taken = one.takes(skeleton.architecture, config, targets, later) if targets else []
             except SettingError as error:
                 raise plan.refusal(index, error) from None
             for name, n in inside.items():
@@ -229,4 +234,6 @@ def _sweeps(plan: Plan, stage: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         if begins and sweeps[-1]:
             sweeps.append([])
         sweeps[-1].append(index)
+        if isinstance(one, BlockPass) and one.scores():
+            sweeps.append([index])
     return tuple(tuple(sweep) for sweep in sweeps if sweep)
