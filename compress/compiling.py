@@ -17,16 +17,17 @@ from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
 from compress.lock import Linear, Lock, files_of
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Pass, SettingError, matches
-from compress.passes.structured import Structured
+from compress.passes.structured import Narrowing, Structured
 from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
 from compress.stream import Skeleton
-from compress.structure import Sizes, sketch
+from compress.structure import Sizes, sketch, width_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from compress.architecture import Architecture
+    from compress.export.formats import Format
     from compress.plan import Plan
 
 
@@ -77,6 +78,8 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
         where, fix = plan.source.where(("export", 0, "format")), "leave it out, or put a quantizer behind"
         raise PlanError("structured pruning at the end leaves plain weights", where=where, fix=fix)
     check_format(plan, linears, form)
+    if before:
+        _check_widths(plan, before, linears, form)
     shards = tuple(files_of(plan, skeleton, linears, form, left))
     lock = Lock(
         plan,
@@ -173,13 +176,18 @@ def _with_passes(linear: Linear, plan: Plan, stage: tuple[int, ...]) -> Linear:
         if not one.targets(linear.name):
             continue
         bare = one.for_linear(linear.name)
-        try:
-            bare.check_shape(linear.out_features, linear.in_features)
-        except SettingError as error:
-            where = plan.source.where(_to_blame(one, index, linear))
-            raise PlanError(f"{linear.name}: {error}", where=where, fix=error.fix) from None
+        _check_shape(plan, index, bare, linear)
         chosen.append((index, bare))
     return replace(linear, passes=tuple(chosen))
+
+
+def _check_shape(plan: Plan, index: int, bare: Pass, linear: Linear) -> None:
+    """That the settings of a pass for a linear, `bare`, fit its shape."""
+    try:
+        bare.check_shape(linear.out_features, linear.in_features)
+    except SettingError as error:
+        where = plan.source.where(_to_blame(plan.passes[index], index, linear))
+        raise PlanError(f"{linear.name}: {error}", where=where, fix=error.fix) from None
 
 
 def _with_block_passes(
@@ -205,6 +213,34 @@ def _with_block_passes(
                 mine = {index: one.for_linear(linears[n].name)} if name in taken else {}
                 linears[n] = replace(linears[n], passes=tuple(sorted((others | mine).items())))
     return tuple(linears)
+
+
+def _check_widths(plan: Plan, before: Lock, linears: tuple[Linear, ...], form: Format) -> None:
+    """What the sketch cannot show: later settings must fit every width that a block may be left with.
+
+    Raises:
+        PlanError: they do not.
+    """
+    one = plan.passes[before.stage[-1]]
+    if before.left is None or not isinstance(one, Narrowing):
+        return
+    for name in before.left.different:
+        width, step = width_named(before.architecture, name), one.step(name)
+        left, most = before.left.total(name), before.sizes.at(name, 0) // step * step
+        rest = before.blocks - 1
+        possible = range(max(step, left - rest * most), min(most, left - rest * step) + 1, step)
+        whole = {linear.name: linear for linear in before.linears}
+        for linear in linears:
+            inside = linear.name.removeprefix(before.skeleton.prefix(linear.block))
+            if not linear.passes or inside not in (*width.rows, *width.columns):
+                continue
+            key = "in_features" if inside in width.columns else "out_features"
+            each = getattr(whole[linear.name], key) // before.sizes.at(name, linear.block)
+            others = [replace(linear, **{key: each * units}) for units in possible]
+            for other in others:
+                for index, bare in other.passes:
+                    _check_shape(plan, index, bare, other)
+            check_format(plan, others, form)
 
 
 def _to_blame(one: Pass, index: int, linear: Linear) -> tuple[str | int, ...]:

@@ -45,13 +45,17 @@ def _named(name: str) -> str:
 def config_class(model_type: str) -> Any:
     """The configuration of a family's models with different blocks; `model_type`: that of the family."""
     from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
 
     base, architecture = CONFIG_MAPPING[model_type], architecture_for(model_type)
-    known = architecture.block_settings(base)
+    settings = architecture.block_settings(base)
 
-    def __post_init__(self: Any, **settings: Any) -> None:  # noqa: N807
-        _check_layers(settings.get(KEY), known)
-        base.__post_init__(self, **settings)
+    def __post_init__(self: Any, **given: Any) -> None:  # noqa: N807
+        _check_layers(given.get(KEY), settings)
+        base.__post_init__(self, **given)
 
     def unasked(self: Any) -> None:
         """A family's own checks ask for the one number of heads that all blocks have."""
@@ -60,7 +64,12 @@ def config_class(model_type: str) -> Any:
     made |= {"__post_init__": __post_init__}
     made |= {name: unasked for name in vars(base) if name.startswith("validate_")}
     kind: Any = strict(type(_named(base.__name__), (base,), made))
-    AutoModelForCausalLM.register(kind, model_class(kind, base, architecture))
+    model = model_class(kind, base, architecture)
+    AutoModelForCausalLM.register(kind, model)
+    names = {model_type: kind.model_type, model.__base__.__name__: model.__name__}
+    for known, ours in names.items():  # what checkpoints call otherwise, such as the head of GPT-NeoX
+        if renamings := get_checkpoint_conversion_mapping(known):
+            register_checkpoint_conversion_mapping(ours, renamings)
     return kind
 
 

@@ -145,8 +145,8 @@ def rounded(key: str, fraction: float, size: int, multiple: int, unit: int = 1) 
 def example(name: str, fraction: float, size: int, blocks: int, multiple: int) -> Units:
     """What blocks of `size` units may keep so that all together keep ``1 − fraction`` of them, and each a multiple.
 
-    How the run will spread them nobody knows; the total is what it will be. So that whatever does not fit later is
-    refused beforehand, one block has as few as there may be, one a multiple more, one as many as there may be.
+    How the run will spread them nobody knows; the total is what it will be. One block has as few as there may be, one a
+    multiple more, and one as many as there then may be: so estimates and checks see a small one and a large one.
 
     Raises:
         SettingError: a block would have nothing, or all blocks all.
