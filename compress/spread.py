@@ -39,10 +39,14 @@ def spread(scores: Sequence[Tensor], total: int, step: int) -> list[int]:
     return [kept.count(block) * step for block in range(len(scores))]
 
 
-def standardized(scores: Tensor) -> Tensor:
-    """Scores (units,) of one block with mean 0 and deviation 1, as FLAP compares blocks (arXiv 2312.11983, eq. 6)."""
+def shares(scores: Tensor) -> Tensor:
+    """Scores (units,) of one block as shares of what all of its units have.
+
+    FLAP (arXiv 2312.11983) subtracts the mean and divides by the deviation instead. That spared a block of which half
+    does nothing: with a mean between its halves, the useless ones come out as no worse than any block's worst.
+    """
     scores = scores.double()
-    return (scores - scores.mean()) / scores.std(correction=0).clamp_min(1e-30)
+    return scores / scores.sum().clamp_min(1e-30)
 
 
 def spread_of(lock: Lock, sweep: int, kept: Callable[[int, int], dict[str, Tensor]]) -> list[dict[str, int]] | None:

@@ -8,8 +8,8 @@ While B A learns beside a frozen W, with ``y = W x + s B A x``, one step of the 
 entry is ``(Ĝ ⊙ (W + s B A))²`` (equation 6), that of a unit the sum over its rows and columns in all linears that it
 goes through, and a moving average over the steps, ``Ī ← λ Ī + (1 − λ) I`` (equation 10), ranks the units of a block.
 They are masked little by little, by a cubic schedule that ends at the target; in the end they are removed, and B A is
-merged. Where blocks may differ (``heterogeneous = true``), the units of all blocks are ranked together, by averages
-that are standardized among the units of their block that are left (`compress.spread`).
+merged. Where blocks may differ (``heterogeneous = true``), the units of all blocks are ranked together, by their shares
+of what the units of their block that are left have (`compress.spread`).
 
 Gradients are read as the backward leaves them, unclipped. A unit that was masked stays so: its gradient is zero.
 """
@@ -26,7 +26,7 @@ from compress.distributed import whole
 from compress.end_to_end import Loss, train_whole
 from compress.passes.base import ModelPass, Note, SettingError
 from compress.passes.structured import Narrowing
-from compress.spread import spread, standardized
+from compress.spread import shares, spread
 from compress.training import Training
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class Group:
     def comparable(self) -> Tensor:
         """(units,) averages as other blocks have them; of what is masked, none."""
         scores = torch.full((len(self.alive),), -torch.inf, dtype=torch.float64)
-        scores[self.alive] = standardized(self.average[self.alive])
+        scores[self.alive] = shares(self.average[self.alive])
         return scores
 
     def drop(self, count: int) -> None:

@@ -14,8 +14,9 @@ With the second moment H = X Xᵀ of that input, `score` is how units are ranked
 obs add up to.
 
 Where blocks may differ (``heterogeneous = true``), two sweeps walk over them. The first scores all units and changes
-nothing; between both, what all blocks keep together is spread over them by these scores, standardized block by block;
-the second prunes as above. For obs, the score of a unit is what it costs in its turn until one `multiple` is left.
+nothing; between both, what all blocks keep together is spread over them, by the share that each unit has in the scores
+of its block; the second prunes as above. For obs, the score of a unit is what it costs in its turn until one `multiple`
+is left.
 
 The hidden width has readers in every block: a channel's score is ``Σ ‖W_j‖² ‖X_j‖²`` over all of them (the norms that
 feed them included), and one choice serves the whole model.
@@ -35,7 +36,7 @@ from compress.calibration.moments import DAMPING_LADDER
 from compress.errors import RunError
 from compress.passes.base import BlockPass, BlockState, Note, SettingError, Statistics
 from compress.passes.structured import Narrowing, coupled_heads, rounded
-from compress.spread import standardized
+from compress.spread import shares
 from compress.structure import Sizes
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class WidthPruning(Narrowing, BlockPass):
                 _, scores = obs_in_turn(state.weight, moments, units, remove, definite(moments, self.damping))
             else:
                 scores = self._scores(block, width, units)
-            block.found[f"{width.name}:score"] = standardized(scores)
+            block.found[f"{width.name}:score"] = shares(scores)
         return {}
 
     def _choose(self, block: BlockState, width: Width, units: Tensor, remove: int, damping: float) -> Tensor:
