@@ -1,14 +1,17 @@
 """Several processes, one run: `torchrun --nproc-per-node N -m compress plan.toml` (decision D10).
 
-The first process, of rank 0, does what a process alone does: sweeps, journal, export. The others follow it to where the
-whole model is trained, and there each holds a share of the model (FSDP2, `torch.distributed.fsdp.fully_shard`) and
-takes a share of every batch. Processes find each other through accelerate, and share the output's disk, from which
-those that follow read the journal.
+The first process, of rank 0, leads: it checks, keeps the journal and exports. The others follow it into every sweep and
+barrier. In a sweep each process runs its own calibration samples; the moments are added up over all of them, each
+linear is solved by one process, and what it made of it goes to all. Where the whole model is trained, each holds a
+share of it (FSDP2, `torch.distributed.fsdp.fully_shard`) and takes a share of every batch. Processes find each other
+through accelerate, and share the output's disk, from which those that follow read the journal.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,7 @@ import torch
 from compress.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Hashable, Iterable, Iterator
 
     from torch import Tensor, nn
 
@@ -47,21 +50,60 @@ class World:
         self._messages = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def announce(self, barrier: int | None) -> None:
-        """Call the others to a barrier, by its sweep; None sends them home."""
+        """Call the others to a sweep or barrier, by its number; None sends them home."""
         if self.size > 1 and self.rank == 0 and not self.together:
             torch.distributed.broadcast_object_list([barrier], src=0, group=self._messages)
 
     def hear(self) -> int | None:
         """What the first process announces. Raises RunError when it is gone."""
         heard: list[Any] = [None]
-        try:
+        with self._listening("the first process"):
             torch.distributed.broadcast_object_list(heard, src=0, group=self._messages)
-        except RuntimeError as error:
-            raise RunError(
-                "the first process of the run ended", where=f"process {self.rank}", fix="see its message"
-            ) from error
         barrier: int | None = heard[0]
         return barrier
+
+    @contextmanager
+    def _listening(self, who: str = "another process") -> Iterator[None]:
+        """Name what torch.distributed only hints at. Raises RunError when one that is waited for is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            fix = "see its message; the same command resumes the run"
+            raise RunError(f"{who} of the run ended", where=f"process {self.rank}", fix=fix) from error
+
+    def portion(self, count: int) -> slice:
+        """This process's part of `count` samples: consecutive, and as many as any other's but for one."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def sum(self, tensor: Tensor) -> None:
+        """Add up a tensor over the processes, in place; the sums are the same bits in all of them."""
+        if self.size > 1:
+            with self._listening():
+                torch.distributed.all_reduce(tensor)
+
+    def collect(self, mine: Any) -> list[Any]:
+        """What each process has to say, by rank."""
+        told: list[Any] = [mine] * self.size
+        if self.size > 1:
+            with self._listening():
+                torch.distributed.all_gather_object(told, mine, group=self._messages)
+        return told
+
+    def exchange(self, mine: dict[str, Tensor], note: Any = None) -> tuple[dict[str, Tensor], list[Any]]:
+        """All tensors of all processes, the first one's first, and each one's note; `mine` go to the others."""
+        told = self.collect(({name: (tensor.dtype, tensor.shape) for name, tensor in mine.items()}, note))
+        if self.size == 1:
+            return mine, [note]
+        tensors = {}
+        for owner, (described, _) in enumerate(told):
+            for name, (dtype, shape) in described.items():
+                own = owner == self.rank
+                tensor = mine[name].contiguous() if own else torch.empty(shape, dtype=dtype, device=self.device)
+                sent = tensor.to(self.device).reshape(-1).view(torch.uint8)
+                with self._listening():
+                    torch.distributed.broadcast(sent, src=owner)
+                tensors[name] = tensor
+        return tensors, [note for _, note in told]
 
     def shard(self, module: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Leave each process a share of every parameter; a block is gathered whole while it computes.
@@ -89,10 +131,53 @@ class World:
             module.reshard()  # type: ignore[operator]
 
 
+@dataclass(frozen=True)
+class Job:
+    """A piece of work: it costs `cost`, and `setup` once for all jobs of a `group` that one process does."""
+
+    group: Hashable
+    cost: float
+    setup: float = 0.0
+
+
+def spread(jobs: list[Job], size: int) -> list[int]:
+    """Which of `size` processes does each job, so that the busiest has little.
+
+    The longest-processing-time rule (Graham, 1969), the costliest first, each where it would be done soonest; once for
+    single jobs and once for whole groups, of which the better is taken. Without setups the busiest has at most 4/3 of
+    the least possible.
+    """
+    single = [[n] for n in range(len(jobs))]
+    groups: dict[Hashable, list[int]] = {}
+    for n, job in enumerate(jobs):
+        groups.setdefault(job.group, []).append(n)
+    spreads = [_longest_first(jobs, units, size) for units in (single, list(groups.values()))]
+    return min(spreads, key=lambda found: found[0])[1]
+
+
+def _longest_first(jobs: list[Job], units: list[list[int]], size: int) -> tuple[float, list[int]]:
+    """The busiest process's load and the owner of each job, where units of jobs stay together."""
+
+    def cost(unit: list[int], met: set[Hashable]) -> float:
+        setup = 0.0 if jobs[unit[0]].group in met else jobs[unit[0]].setup
+        return setup + sum(jobs[n].cost for n in unit)
+
+    loads, owners = [0.0] * size, [0] * len(jobs)
+    met: list[set[Hashable]] = [set() for _ in range(size)]
+    for unit in sorted(units, key=lambda unit: -cost(unit, set())):
+        after = [load + cost(unit, there) for load, there in zip(loads, met, strict=True)]
+        owner = after.index(min(after))
+        loads[owner] = after[owner]
+        met[owner].add(jobs[unit[0]].group)
+        for n in unit:
+            owners[n] = owner
+    return max(loads), owners
+
+
 class Share:
     """The part of each batch that a process takes, and how its results join those of the others."""
 
-    def __init__(self, world: World | None = None, count: Callable[[Tensor], int] = len) -> None:
+    def __init__(self, world: World | None = None, count: Callable[[Tensor], float] = len) -> None:
         """`count`: what a mean over samples is taken over, by their indices, such as their predicted tokens."""
         self.world, self.size, self._count = world, world.size if world else 1, count
 
@@ -103,10 +188,19 @@ class Share:
         """
         if self.world is None or self.size == 1:
             return indices, 1.0
-        mine = indices[self.world.rank :: self.size]
+        mine = self._mine(self.world, indices)
         if not len(mine):
-            return indices[:1], 0.0
-        return mine, self.size * self._count(mine) / max(1, self._count(indices))
+            return self._stand_in(self.world, indices), 0.0
+        return mine, self.size * self._count(mine) / max(self._count(indices), 1e-30)
+
+    def _mine(self, world: World, indices: Tensor) -> Tensor:
+        return indices[world.rank :: self.size]
+
+    def _stand_in(self, world: World, indices: Tensor) -> Tensor:
+        return indices[:1]
+
+    def reduce(self, gradients: Iterable[Tensor]) -> None:
+        """The mean of the gradients over the processes, where sharding has not made it so already."""
 
     def mean(self, value: float) -> float:
         """The mean of a number over the processes, the same in all of them."""
@@ -115,6 +209,28 @@ class Share:
         summed = torch.tensor(value, dtype=torch.float64, device=self.world.device)
         torch.distributed.all_reduce(summed)
         return float(summed) / self.size
+
+
+class OwnShare(Share):
+    """Each process has samples of its own (`World.portion`), and a whole copy of what is trained."""
+
+    def __init__(self, world: World, samples: int, count: Callable[[Tensor], float]) -> None:
+        """`samples`: of all processes; `count`: as for `Share`."""
+        super().__init__(world, count)
+        self._own = world.portion(samples)
+
+    def _mine(self, world: World, indices: Tensor) -> Tensor:
+        return indices[(indices >= self._own.start) & (indices < self._own.stop)]
+
+    def _stand_in(self, world: World, indices: Tensor) -> Tensor:
+        return indices.new_tensor([self._own.start])
+
+    def reduce(self, gradients: Iterable[Tensor]) -> None:
+        """The mean of the gradients over the processes, in place."""
+        for gradient in gradients:
+            if self.world:
+                self.world.sum(gradient)
+                gradient /= self.size
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ def _lead(lock: Lock, world: World, progress: Progress, restart: bool, overwrite
         progress.say(f"{output} already holds the result of this plan; compress eval measures it anew")
         return finished
     check_disk(lock)
+    _check_samples(lock, world)
     workspace = Workspace(output)
     try:
         if restart:
@@ -116,6 +117,17 @@ def _lead(lock: Lock, world: World, progress: Progress, restart: bool, overwrite
         ) from error
     finally:
         workspace.close()
+
+
+def _check_samples(lock: Lock, world: World) -> None:
+    """Every process needs a sample. Raises PlanError."""
+    settings = lock.plan.calibration
+    if settings and lock.calibrated and settings.samples < world.size:
+        raise PlanError(
+            f"{settings.samples} calibration samples cannot be shared by {world.size} processes",
+            where=lock.plan.source.where(("calibration", "samples")),
+            fix=f"calibrate on more samples, or start at most {settings.samples} processes",
+        )
 
 
 def _lead_stages(lock: Lock, world: World, progress: Progress, origin: dict[str, str], workspace: Workspace) -> Report:
@@ -217,7 +229,6 @@ class Execution:
     before: Report | None = None  # of the stage before
     tokens: TokenSet | None = None
     resumed: int = 0
-    rows: list[int] = field(default_factory=list)
     fisher: dict[str, TensorInfo] = field(default_factory=dict)  # of the sweep under way, by linear
 
     @property
@@ -231,12 +242,8 @@ class Execution:
         self.skeleton.to(self.mode.device, self.mode.dtype)
         if self.lock.calibrated:
             self.progress.phase("calibration", "calibration")
-            self.tokens = self._calibration()
-            self.rows = batch_rows(len(self.tokens.ids), self.tokens.ids.shape[1], self.mode.device)
         for number in range(len(self.lock.sweeps)):
-            self._replace_outside(number)
-            self._make_fisher(number)
-            (Barrier if self.lock.is_barrier(number) else Sweep)(self, number).carry_out()
+            self.take_part(number)
             self._allocate(number)
         self.work.flush()
         self.progress.phase("export", "export")
@@ -261,10 +268,25 @@ class Execution:
         return report
 
     def take_part(self, number: int) -> None:
-        """Join the first process at a barrier."""
-        self.tokens = self._calibration()
+        """One sweep or barrier, with all processes."""
+        if self.lock.calibrated and self.tokens is None:
+            self.tokens = self._calibration()
         self._replace_outside(number)
-        Barrier(self, number).carry_out()
+        self._make_fisher(number)
+        (Barrier if self.lock.is_barrier(number) else Sweep)(self, number).carry_out()
+
+    @property
+    def share(self) -> TokenSet:
+        """This process's part of the calibration set."""
+        assert self.tokens is not None
+        part = self.world.portion(len(self.tokens.ids))
+        return TokenSet(self.tokens.ids[part], self.tokens.mask[part])
+
+    @property
+    def rows(self) -> list[int]:
+        """How many samples of the share each batch has."""
+        samples, length = self.share.ids.shape
+        return batch_rows(samples, length, self.mode.device)
 
     def _replace_outside(self, sweep: int) -> None:
         """Have the skeleton use what the sweeps before made of what belongs to no block."""

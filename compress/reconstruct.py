@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from compress.distributed import OwnShare, Share
 from compress.training_store import TrainingStore
 
 if TYPE_CHECKING:
     from compress.adapting import AdaptedLinear
+    from compress.distributed import World
     from compress.stream import Activations
     from compress.sweep import Sweep
 
@@ -22,12 +24,25 @@ class BlockForward:
     def __init__(self, sweep: Sweep, index: int, module: nn.Module, flow: Activations) -> None:
         """`module`: the block as it is now, with weights; `flow`: its inputs."""
         self.sweep, self.index, self.flow = sweep, index, flow
-        self.samples = sum(shape[0] for shape in flow.shapes)
+        assert sweep.run.tokens is not None
+        self.samples = len(sweep.run.tokens.ids)
+        self._first = sweep.run.world.portion(self.samples).start
         self.store = TrainingStore(sweep.run, sweep.number, index)
         self.learning = _apart(module)
         with sweep.skeleton.dense_block(index) as dense:
             self._dense = _apart(dense)
         self._inputs = torch.cat([flow.get(batch, sweep.mode.device) for batch in range(len(flow.shapes))])
+        self.share = self._shared(sweep.run.world)
+
+    def _shared(self, world: World) -> Share:
+        """What of a batch this process takes. The loss is a quotient: samples weigh what they have below the line."""
+        if world.size == 1:
+            return Share()
+        sizes = torch.zeros(self.samples, dtype=torch.float64, device=world.device)
+        for sample in range(self._first, self._first + len(self._inputs)):
+            sizes[sample] = self._wanted(torch.tensor([sample])).square().sum()
+        world.sum(sizes)
+        return OwnShare(world, self.samples, lambda chosen: float(sizes[chosen].sum()))
 
     def install(self, modules: dict[str, AdaptedLinear]) -> dict[str, nn.Parameter]:
         """Put adapted linears into the copy; returns its other parameters by name in the block."""
@@ -40,16 +55,21 @@ class BlockForward:
 
     def loss(self, chosen: Tensor) -> Tensor:
         """``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²`` over the real tokens of samples, by their indices."""
-        x = self._inputs[chosen].float()
-        tokens = self.sweep.run.tokens
-        assert tokens is not None
-        real = tokens.mask[chosen].to(x.device)
-        args, kwargs = self.sweep.skeleton.calls(*x.shape[:2])[self.index]
-        with torch.no_grad():
-            wanted = self._dense(x, *args, **kwargs)[real]
-        gap = self.learning(x, *args, **kwargs)[real] - wanted
-        loss: Tensor = gap.square().sum() / wanted.square().sum()
+        wanted = self._wanted(chosen)
+        loss: Tensor = (self._run(self.learning, chosen) - wanted).square().sum() / wanted.square().sum()
         return loss
+
+    def _wanted(self, chosen: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._run(self._dense, chosen)
+
+    def _run(self, block: nn.Module, chosen: Tensor) -> Tensor:
+        """A block's outputs (tokens, hidden) for the real tokens of this process's samples."""
+        x = self._inputs[chosen - self._first].float()
+        real = self.sweep.run.share.mask[chosen - self._first].to(x.device)
+        args, kwargs = self.sweep.skeleton.calls(*x.shape[:2])[self.index]
+        output: Tensor = block(x, *args, **kwargs)
+        return output[real]
 
 
 def _apart(block: nn.Module) -> nn.Module:

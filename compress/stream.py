@@ -382,9 +382,9 @@ class Activations:
             self._file = None
 
     @property
-    def checksum(self) -> str:
-        """SHA-256 of what was written so far."""
-        return self._hash.hexdigest()
+    def entry(self) -> dict[str, str]:
+        """What a journal says of the file: its name, and the SHA-256 of what was written."""
+        return {"file": self.path.name, "sha256": self._hash.hexdigest()}
 
     def get(self, batch: int, device: torch.device, *, last: bool = False) -> Tensor:
         """One batch, (rows, length, hidden). `last`: it is not asked for again, so memory may let it go."""

@@ -9,30 +9,28 @@ import time
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from compress.architecture import of_block
 from compress.calibration.collect import BlockStatistics
 from compress.calibration.moments import Moments, Statistics
 from compress.checkpoint import DTYPES, Shard, lay_out, slots_of, write_shard
-from compress.errors import CompressError, RunError
+from compress.distributed import Job, spread
+from compress.errors import CompressError
+from compress.flows import Flows
 from compress.invariants import check_invariants
-from compress.journal import file_checksum
 from compress.memory import peak_memory, trim
 from compress.passes.base import BlockPass, BlockState, Note, Pass, SettingError
 from compress.reconstruct import BlockForward
 from compress.report import BlockLine, LedgerLine
 from compress.spread import spread_of
 from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
-from compress.stream import Activations
 from compress.walk import Walk
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from compress.lock import Linear, Lock
     from compress.pipeline import Execution
+    from compress.stream import Activations
 
 Surveyed = dict[int, dict[str, dict[str, Any]]]  # settings that surveys found, by pass and linear
 
@@ -46,6 +44,7 @@ class Sweep:
         self.lock, self.work, self.mode, self.skeleton = run.lock, run.work, run.mode, run.skeleton
         self.surveyed: Surveyed = {}
         self.spread: list[dict[str, int]] | None = None  # block by block, what a pass keeps once it has scored them
+        self.flows = Flows(self)
 
     def carry_out(self) -> None:
         """Walk over the blocks once, from where the journal ends."""
@@ -58,9 +57,11 @@ class Sweep:
         self.run.progress.sweep(self.number, len(lock.sweeps), first, names)
         self.surveyed = self._survey()
         self.spread = spread_of(lock, self.number, self.run.kept)
+        self.run.world.announce(self.number)
+        self.run.world.together = True
         needed = any(lock.statistics(linear, self.number) for linear in lock.linears)
         needed = needed or any(one.learns() for _, one in lock.block_passes(self.number))
-        flow = self._inputs(entries) if needed else None
+        flow = self.flows.first(entries) if needed else None
         for index in range(first, lock.blocks):
             began = time.perf_counter()
             flow, ledger, artifact = self._block(index, flow)
@@ -69,6 +70,7 @@ class Sweep:
             self._show(index, ledger, seconds)
             del artifact  # the journal's now
             trim(4 * sum(linear.weights for linear in lock.in_block(index)))
+        self.run.world.together = False
 
     def _survey(self) -> Surveyed:
         """Settings that passes of this sweep draw from the whole model, by pass and linear; journaled."""
@@ -85,53 +87,6 @@ class Sweep:
                 self.work.append(known[0])
             found[index] = known[0]["settings"]
         return found
-
-    # ------------------------------------------------------------ activations
-
-    def _inputs(self, entries: list[dict[str, Any]]) -> Activations:
-        """The activations in front of the next block: from the journal, or the embedded tokens."""
-        assert self.run.tokens is not None
-        if entries:
-            entry = entries[-1]["activations"]
-            path = self.work.directory / entry["file"]
-            if file_checksum(path) == entry["sha256"]:
-                return Activations(path, self._shapes(), self.mode.dtype, keep=False)
-            self.work.forget_sweep(self.number)
-            entries.clear()
-            raise RunError(
-                "the journal's activations are damaged",
-                where=str(path),
-                fix="run the same command: the sweep starts over",
-            )
-        flow = self._activations(0)
-        with self.skeleton.loaded(self.skeleton.embedding):
-            for batch, ids in enumerate(torch.split(self.run.tokens.ids, self.run.rows)):
-                flow.put(batch, self.skeleton.embed(ids))
-        flow.close()
-        return flow
-
-    def _shapes(self) -> list[tuple[int, int, int]]:
-        assert self.run.tokens is not None
-        return [(rows, self.run.tokens.ids.shape[1], self.skeleton.width) for rows in self.run.rows]
-
-    def _flow_file(self, block: int) -> Path:
-        return self.work.directory / f"activations-{self.number}-{block:05d}.bin"
-
-    def _activations(self, block: int) -> Activations:
-        path = self._flow_file(block)
-        return Activations(path, self._shapes(), self.mode.dtype, keep=self.mode.keep, later=self.work.later)
-
-    def _outputs(self, index: int, walk: Walk) -> Activations:
-        after = self._activations(index + 1)
-        for batch, hidden in walk.outputs():
-            if not bool(torch.isfinite(hidden).all()):
-                raise RunError(
-                    f"the output of block {index} ({self.skeleton.prefix(index)[:-1]}) holds NaN or infinity",
-                    fix="the model overflows on this text, or a pass broke it; look at the ledger of this block",
-                )
-            after.put(batch, hidden)
-        after.close()
-        return after
 
     # ------------------------------------------------------------------ block
 
@@ -153,18 +108,66 @@ class Sweep:
                 statistics = BlockStatistics(self, measured, walk)
                 for number, one in lock.block_passes(self.number):
                     ledger += self._transform(index, number, one, module, statistics, artifact, flow)
-                for subset in subsets:
-                    shared = statistics.of(subset) if subset in measured else Moments(0, Statistics.NONE)
-                    self._make_room(index)
-                    for linear in subset:
-                        if not lock.linear_passes(linear, self.number):
-                            continue
-                        state = self.state(linear, artifact)
-                        ledger += self._compress(linear, state, shared)
-                        self._keep(state, artifact)
-                        self._write_back(module, prefix, linear, state)
-                after = self._outputs(index, walk) if flow and index + 1 < lock.blocks else None
+                for group in [[subset] for subset in subsets] if statistics.anew else [subsets]:
+                    ledger += self._solve(index, module, group, statistics, artifact)
+                after = self.flows.outputs(index, walk) if flow and index + 1 < lock.blocks else None
         return after, ledger, artifact
+
+    def _solve(
+        self,
+        index: int,
+        module: nn.Module,
+        group: list[list[Linear]],
+        statistics: BlockStatistics,
+        artifact: dict[str, Tensor],
+    ) -> list[LedgerLine]:
+        """Compress the linears of subsets whose inputs are known, each in one of the processes, for all of them."""
+        todo = [linear for subset in group for linear in subset if self.lock.linear_passes(linear, self.number)]
+        owners = spread([self._job(linear) for linear in todo], self.run.world.size)
+        mine = {linear.name for linear, owner in zip(todo, owners, strict=True) if owner == self.run.world.rank}
+        lines: dict[str, list[LedgerLine]] = {}
+        for subset in group:
+            shared = statistics.of(subset)
+            self._make_room(index)
+            for linear in subset:
+                if linear.name in mine:
+                    state = self.state(linear, artifact)
+                    lines[linear.name] = self._compress(linear, state, shared)
+                    self._keep(state, artifact)
+                    self._write_back(module, linear, state)
+            del shared
+        made = {key: tensor for key, tensor in artifact.items() if key.rpartition(":")[0] in mine}
+        told = self._exchange(index, module, artifact, made, lines)
+        lines = {name: some for one in told for name, some in one.items()}
+        return [line for linear in todo for line in lines[linear.name]]
+
+    def _job(self, linear: Linear) -> Job:
+        """What it costs to compress a linear, in multiplications: with a Gram matrix, its factor is shared."""
+        if self.lock.statistics(linear, self.number) is Statistics.GRAM:
+            square = linear.in_features**2
+            return Job(
+                (linear.block, linear.subset), float(linear.out_features * square), float(linear.in_features * square)
+            )
+        return Job(linear.name, float(linear.weights))
+
+    def _exchange(
+        self,
+        index: int,
+        module: nn.Module,
+        artifact: dict[str, Tensor],
+        made: dict[str, Tensor],
+        note: Any = None,
+    ) -> list[Any]:
+        """Put what each process made into the artifact and the module of all; returns the note of each."""
+        found, notes = self.run.world.exchange(made, note)
+        foreign = {key: tensor for key, tensor in found.items() if key not in made}
+        for name in {key.rpartition(":")[0] for key in foreign}:
+            for key in kept_of(name, artifact):
+                del artifact[key]
+        artifact |= foreign
+        for name, value in self.as_parameters(index, foreign).items():
+            self._put(module, index, name, value)
+        return notes
 
     def _make_room(self, index: int) -> None:
         """Before solving: the block before was written during the forward, whose own leftovers can go, too."""
@@ -231,17 +234,14 @@ class Sweep:
             error = _error(moments, state.dense - state.effective()) / max(_error(moments, state.dense), 1e-30)
             lines.append(self._line(linear, number, one, state, moments, error, error, notes.get(name, {}), seconds))
             self._keep(state, artifact)
-            self._write_back(module, prefix, linear, state)
+            self._write_back(module, linear, state)
         for name, value in block.parameters.items():
             if value is not untouched[name]:
                 stored = self.lock.checkpoint.tensors[self.skeleton.stored[prefix + name]].torch_dtype
-                settled = value.to(stored)
-                artifact[f"{prefix}{name}:parameter"] = settled
-                owner = module.get_submodule(name.rpartition(".")[0])
-                owner.register_parameter(
-                    name.rpartition(".")[2], nn.Parameter(settled.to(self.mode.dtype), requires_grad=False)
-                )
+                artifact[f"{prefix}{name}:parameter"] = value.to(stored)
+                self._put(module, index, prefix + name, artifact[f"{prefix}{name}:parameter"])
         artifact |= {prefix + key: value.cpu() for key, value in block.found.items()}
+        self._exchange(index, module, artifact, {} if self.run.world.rank else artifact)
         statistics.changed(block)
         if block.forward is not None:
             block.forward.store.forget()
@@ -316,13 +316,17 @@ class Sweep:
             del artifact[key]
         artifact |= state.tensors()
 
-    def _write_back(self, module: nn.Module, prefix: str, linear: Linear, state: LinearState) -> None:
+    def _write_back(self, module: nn.Module, linear: Linear, state: LinearState) -> None:
         """What the rest of the block computes with from now on: the weight as it will be written."""
         # Settled, the weight is masked already; without a branch the journal's artifact and the module share it.
         weight = state.weight if state.low_rank is None else state.effective()
-        weight = (weight.T.contiguous() if linear.transposed else weight).to(self.mode.dtype)
-        owner = module.get_submodule(linear.name.removeprefix(prefix))
-        owner.weight = nn.Parameter(weight, requires_grad=False)
+        self._put(module, linear.block, f"{linear.name}.weight", weight.T if linear.transposed else weight)
+
+    def _put(self, module: nn.Module, index: int, name: str, value: Tensor) -> None:
+        """Have a block compute with another value of a parameter, by its full name."""
+        owner, _, leaf = name.removeprefix(self.skeleton.prefix(index)).rpartition(".")
+        value = value.contiguous().to(self.mode.device, self.mode.dtype)
+        module.get_submodule(owner).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
     # ---------------------------------------------------------------- journal
 
@@ -336,6 +340,9 @@ class Sweep:
     ) -> None:
         """Hand what the block became to the writing thread, and let the journal vouch for it."""
         self.work.flush()  # at most one block behind
+        others = self.flows.settle(flow)
+        if self.work.following:
+            return
         directory = self.work.directory
         (shard,) = lay_out(slots_of(artifact), 1 << 62)
         shard = Shard(f"block-{self.number}-{index:05d}.safetensors", shard.slots)
@@ -352,11 +359,11 @@ class Sweep:
                 "sha256": checksum,
                 "ledger": [line.model_dump(mode="json") for line in ledger],
                 "line": line.model_dump(mode="json"),
-                "activations": {"file": flow.path.name, "sha256": flow.checksum} if flow else None,
+                "activations": [flow.entry, *others] if flow else None,
             }
 
         files = (directory / shard.file, *([flow.path] if flow else []))
-        self.work.append_later(entry, files=files, obsolete=(self._flow_file(index),))
+        self.work.append_later(entry, files=files, obsolete=tuple(self.flows.files(index)))
 
     def as_parameters(self, index: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the journal keeps of a block, as values for its parameters."""

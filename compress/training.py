@@ -212,6 +212,7 @@ def _step(
         value.backward()  # type: ignore[no-untyped-call]
         total += mean
     gradients = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
+    share.reduce(gradients.values())
     wrong = next((name for name, one in gradients.items() if not bool(torch.isfinite(one).all())), None)
     if share.mean(float(wrong is not None)):
         raise _not_finite("a gradient is not finite", step, wrong or "in another process")

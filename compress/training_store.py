@@ -53,5 +53,7 @@ class TrainingStore:
 
     def forget(self) -> None:
         """The result is in the journal: the files are not needed any more."""
+        if self.run.world.rank:
+            return
         for number in (0, 1):
             self._file(number).unlink(missing_ok=True)

@@ -127,9 +127,9 @@ def folder(tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def files_of(directory: Path) -> dict[str, bytes]:
     """The files of an output that must not differ between two runs: all but the reports, which carry times."""
     return {
-        path.name: path.read_bytes()
-        for path in sorted(directory.iterdir())
-        if path.name not in ("report.json", "report.html")
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in ("report.json", "report.html")
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -15,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.distributed import Share, World
+from compress.distributed import Job, Share, World, spread
 from compress.export.reader import open_model
+from compress.report import load_report
 from tests.conftest import ROOT, files_of, tiny_directory
 
 HEAD = """\
@@ -58,6 +60,20 @@ steps = 3
 batch_size = 1
 evaluate_every = 2
 """
+SPARSEGPT = '[[pass]]\nuse = "sparsegpt"\npattern = "2:4"\n'
+EORA = '[[pass]]\nuse = "eora"\nrank = 4\n'
+RECONSTRUCT = """\
+[[pass]]
+use = "perp"
+mode = "reconstruct"
+train = ["norms", "low_rank"]
+variant = "masklora"
+rank = 2
+steps = 8
+batch_size = 3
+evaluate_every = 4
+"""
+GRIDS = '[[pass]]\nuse = "awq"\n[[pass]]\nuse = "gptq"\nbits = 4\ngroup_size = 16\n'
 LONG = '[[pass]]\nuse = "perp"\ntrain = ["norms"]\nsteps = 400\nbatch_size = 4\nevaluate_every = 5\npatience = 100\n'
 
 
@@ -89,15 +105,22 @@ def run(folder: Path, output: str, processes: int, passes: str, head: str = PLAN
     return process.returncode, out, err
 
 
-def compare(first: Path, second: Path) -> None:
-    """Equal masks; weights, embeddings and branches that differ by what the order of additions in float32 makes."""
+def compare(first: Path, second: Path, *, step: float = 0.0) -> None:
+    """Equal masks; weights, embeddings and branches that differ by what the order of additions in float32 makes.
+
+    `step`: of a grid, relative to the largest value. Of a hundred values near the middle between two codes one may go
+    to the other.
+    """
     _, one = open_model(first)
     _, other = open_model(second)
     for name in one.tensors:
         a, b = one.read(name).double(), other.read(name).double()
         assert torch.equal(a == 0, b == 0) or "weight" not in name or "proj" not in name, name
-        assert float((a - b).abs().max()) <= 2e-3 * float(a.abs().max()), name  # AdamW divides by small gradients
-        assert float((a - b).norm()) <= 2e-4 * float(a.norm()), name
+        gap, largest = (a - b).abs(), float(a.abs().max())
+        moved = gap > 2e-3 * largest  # AdamW divides by small gradients
+        assert float(moved.double().mean()) <= (0.01 if step else 0.0), name
+        assert float(gap.max()) <= (step + 2e-3) * largest, name
+        assert float(gap[~moved].norm()) <= 2e-4 * float(a.norm()), name
 
 
 @pytest.mark.slow
@@ -110,7 +133,7 @@ def test_processes_take_part_in_all_stages(tmp_path: Path) -> None:
     for output, processes in (("alone", 1), ("several", 2)):
         status, _, err = run(tmp_path, output, processes, passes, head=HEAD)
         assert status == 0, err
-    compare(tmp_path / "alone", tmp_path / "several")
+    compare(tmp_path / "alone", tmp_path / "several", step=1 / 127)  # 8 bits
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["alone", "alone.toml", "model", "several", "several.toml", "text.jsonl", "text.txt"]
 
@@ -124,6 +147,42 @@ def test_several_processes_train_what_one_trains(processes: int, tmp_path: Path)
     assert status == 0, err
     assert out.count("read back, equal bit for bit") == 2  # the first process alone tells of it: once in the summary
     compare(tmp_path / "alone", tmp_path / "several")
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("refresh", ["block", pytest.param("subset", marks=pytest.mark.slow)])
+def test_several_processes_compress_what_one_compresses(refresh: str, processes: int, tmp_path: Path) -> None:
+    """Samples, moments and solves are shared; so is the training of a block, in batches and parts of them."""
+    source(tmp_path)
+    head = HEAD.replace("threads = 1", f'threads = 1\nrefresh = "{refresh}"')
+    for output, count in (("alone", 1), ("several", processes)):
+        status, _, err = run(tmp_path, output, count, SPARSEGPT + RECONSTRUCT + EORA, head=head)
+        assert status == 0, err
+    compare(tmp_path / "alone", tmp_path / "several")
+    ledgers = [load_report(tmp_path / output).linears for output in ("alone", "several")]
+    assert len(ledgers[0]) == 3 * 2 * 7
+    for one, other in zip(*ledgers, strict=True):
+        assert (one.linear, one.use, one.tokens) == (other.linear, other.use, other.tokens)
+        assert other.error_after == pytest.approx(one.error_after, rel=1e-2, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_several_processes_quantize_as_well_as_one(tmp_path: Path) -> None:
+    """A sum that is rounded otherwise can move a value over the middle between two codes: what follows differs."""
+    source(tmp_path)
+    for output, count in (("alone", 1), ("several", 2)):
+        status, _, err = run(tmp_path, output, count, SPARSEGPT + GRIDS, head=HEAD)
+        assert status == 0, err
+    errors = [[line.error_after for line in load_report(tmp_path / name).linears] for name in ("alone", "several")]
+    assert sum(errors[1]) == pytest.approx(sum(errors[0]), rel=0.05)
+
+
+def test_more_processes_than_samples_are_refused(tmp_path: Path) -> None:
+    source(tmp_path)
+    status, _, err = run(tmp_path, "out", 2, WANDA, head=HEAD.replace("samples = 11", "samples = 1"))
+    assert status != 0
+    assert "1 calibration samples cannot be shared by 2 processes" in err
+    assert not (tmp_path / ".out.compress").exists()
 
 
 @pytest.mark.slow
@@ -162,14 +221,17 @@ def processes_in(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_death_of_one_ends_the_run_and_the_same_command_resumes_it(victim: int, tmp_path: Path) -> None:
-    """Killed in the middle of a training; the bytes are those of a run that nobody killed."""
+@pytest.mark.parametrize(("passes", "kind"), [(LONG, "training"), (SPARSEGPT + RECONSTRUCT + EORA, "block")])
+def test_the_death_of_one_ends_the_run_and_the_same_command_resumes_it(
+    passes: str, kind: str, victim: int, tmp_path: Path
+) -> None:
+    """Killed in the middle of a training or a sweep; the bytes are those of a run that nobody killed."""
     source(tmp_path)
-    status, _, err = run(tmp_path, "whole", 2, LONG)
+    status, _, err = run(tmp_path, "whole", 2, passes)
     assert status == 0, err
-    process = start(tmp_path, "out", 2, LONG)
+    process = start(tmp_path, "out", 2, passes)
     deadline = time.monotonic() + 120
-    while sum('"kind": "training"' in line for line in journal(tmp_path, "out")) < 3:
+    while sum(f'"kind": "{kind}"' in line for line in journal(tmp_path, "out")) < 3:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
@@ -179,16 +241,45 @@ def test_the_death_of_one_ends_the_run_and_the_same_command_resumes_it(victim: i
     assert not (tmp_path / "out").exists()
     before = len(journal(tmp_path, "out"))
     assert before
-    status, _, err = run(tmp_path, "out", 1, LONG)
+    status, _, err = run(tmp_path, "out", 1, passes)
     assert status == 2
     assert "another number of processes (2, now 1)" in err
-    status, out, err = run(tmp_path, "out", 2, LONG)
+    status, out, err = run(tmp_path, "out", 2, passes)
     assert status == 0, err
     assert "resuming the run" in out
-    skipped = ("plan.toml", "lock.json", "README.md")  # they name the output
+    skipped = ("plan.toml", "lock.json", "README.md", "adapter/adapter_config.json")  # they name the output
     assert {n: b for n, b in files_of(tmp_path / "whole").items() if n not in skipped} == {
         n: b for n, b in files_of(tmp_path / "out").items() if n not in skipped
     }
+
+
+# ---------------------------------------------------------------- who does what
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 3))
+def test_work_is_spread_within_the_bound_of_the_longest_first_rule(costs: list[int], size: int) -> None:
+    """Graham (1969): the busiest process has at most 4/3 − 1/(3 m) of what the best of all spreads gives it."""
+    owners = spread([Job(n, cost) for n, cost in enumerate(costs)], size)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
+    best = min(
+        max(sum(cost for cost, owner in zip(costs, some, strict=True) if owner == rank) for rank in range(size))
+        for some in itertools.product(range(size), repeat=len(costs))
+    )
+    assert max(loads) <= (4 / 3 - 1 / (3 * size)) * best + 1e-9
+
+
+def test_jobs_of_a_group_stay_together_where_their_setup_costs_more_than_waiting() -> None:
+    jobs = [Job("a", 1.0, 10.0), Job("a", 1.0, 10.0), Job("b", 1.0, 10.0), Job("b", 1.0, 10.0)]
+    owners = spread(jobs, 2)
+    assert owners[0] == owners[1] != owners[2] == owners[3]
+
+
+@given(st.integers(1, 9), st.integers(0, 60))
+def test_portions_are_a_partition(size: int, count: int) -> None:
+    parts = [range(count)[world(rank, size).portion(count)] for rank in range(size)]
+    assert [n for part in parts for n in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 # ---------------------------------------------------------------- shares of a batch

@@ -216,7 +216,7 @@ def test_activations_come_back_bit_for_bit(tmp_path: Path, keep: bool, dtype: to
             assert torch.equal(source.get(batch, CPU), written[batch])
     assert torch.equal(flow.get(1, CPU, last=True), written[1])
     assert flow._held[1] is None
-    assert flow.checksum == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    assert flow.entry["sha256"] == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
 
 
 def test_truncated_activations_are_refused(tmp_path: Path) -> None:

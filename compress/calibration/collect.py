@@ -28,12 +28,12 @@ class BlockStatistics:
 
     def __init__(self, sweep: Sweep, subsets: list[list[Linear]], walk: Walk) -> None:
         """`subsets`: the linears of each subset that the walk stops at."""
-        lock, tokens = sweep.lock, sweep.run.tokens
+        lock = sweep.lock
         self.subsets, self.walk = subsets, walk
         self.anew = lock.plan.run.refresh == "subset"
-        self._masks = torch.split(tokens.mask, sweep.run.rows) if tokens is not None else ()
+        self._masks = torch.split(sweep.run.share.mask, sweep.run.rows) if subsets else ()
         self._kinds = [max(lock.statistics(linear, sweep.number) for linear in subset) for subset in subsets]
-        self._device = sweep.mode.device
+        self._device, self._world = sweep.mode.device, sweep.run.world
         self._made: list[Moments] | None = None
 
     def _empty(self, stop: int) -> Moments:
@@ -49,6 +49,8 @@ class BlockStatistics:
         if self._made is None:
             made = [self._empty(stop) for stop in range(len(self.subsets))]
             self.walk.observe(lambda stop, batch, inputs: self._add(made[stop], batch, inputs))
+            for moments in made:
+                moments.reduce(self._world)
             self._made = made
         return self._made
 
@@ -69,7 +71,9 @@ class BlockStatistics:
                 self._made[stop] = block.moments[leaf] if leaf else self._made[stop]
 
     def of(self, subset: list[Linear]) -> Moments:
-        """The moments of a subset's input; each subset is asked for once, in order."""
+        """The moments of a subset's input, none where no pass wants any; each subset is asked for once, in order."""
+        if subset not in self.subsets:
+            return Moments(0, Statistics.NONE)
         stop = self.subsets.index(subset)
         if not self.anew:
             moments = self._observed()[stop]
@@ -78,6 +82,7 @@ class BlockStatistics:
         moments = self._empty(stop)
         for batch, inputs in self.walk.inputs(stop):
             self._add(moments, batch, inputs)
+        moments.reduce(self._world)
         return self._checked(stop, moments)
 
     def _checked(self, stop: int, moments: Moments) -> Moments:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from compress.distributed import World
+
 
 class Statistics(IntEnum):
     """What a pass needs to know of its input: nothing, column norms, or the whole Gram matrix."""
@@ -90,6 +92,23 @@ class Moments:
             raise ValueError("a Gram matrix cannot be merged with column norms")
         self._lower += other._lower
         self.sums += other.sums
+
+    def reduce(self, world: World) -> None:
+        """Add up the sums over the processes of a run, each of which saw its own tokens of the same input."""
+        if world.size == 1:
+            return
+        counted = torch.tensor(self.tokens, dtype=torch.int64, device=self.device)
+        world.sum(counted)
+        self.tokens = int(counted)
+        self._factors.clear()
+        if self._lower is None:
+            world.sum(self._squares)
+            return
+        world.sum(self.sums)
+        for start, stop in self._panels():  # about half of the matrix is above the diagonal, and need not travel
+            panel = self._lower[start:stop, :stop].contiguous()
+            world.sum(panel)
+            self._lower[start:stop, :stop] = panel
 
     def rescaled(self, scale: Tensor) -> Moments:
         """The moments of ``x ⊙ scale``, scale (in,)."""

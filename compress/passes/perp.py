@@ -190,7 +190,8 @@ class PERP(Training, BlockPass, ModelPass):
 
     def apply(self, block: BlockState) -> dict[str, Note]:
         """Retrain one block towards its dense self."""
-        assert block.forward is not None
+        forward = block.forward
+        assert forward is not None
         modules = {}
         for number, (name, state) in enumerate(block.linears.items()):
             bias = block.parameters.get(f"{name}.bias")
@@ -198,14 +199,14 @@ class PERP(Training, BlockPass, ModelPass):
             modules[name] = AdaptedLinear(
                 state, bias, self.form, rank=self.rank, alpha=self._alpha(), seed=seed, extend=self.extend
             )
-        live = block.forward.install(modules)
-        others = {name: p for name, p in live.items() if kind_of(block.forward.learning, name, modules) in self.trained}
+        live = forward.install(modules)
+        others = {name: p for name, p in live.items() if kind_of(forward.learning, name, modules) in self.trained}
         parameters = self._adapted(modules, others)
         if not parameters:
             return {}
         for p in parameters.values():
             p.requires_grad_(True)
-        numbers = train(parameters, block.forward.loss, block.forward.samples, self, block.forward.store)
+        numbers = train(parameters, forward.loss, forward.samples, self, forward.store, forward.share)
         for p in parameters.values():
             p.requires_grad_(False)
         for module in modules.values():

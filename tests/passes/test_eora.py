@@ -15,7 +15,7 @@ import compress
 from compress.calibration.moments import Moments, Statistics
 from compress.compiling import compile_plan
 from compress.passes import GPTQ, EoRA, LinearState, SparseGPT, Where
-from compress.passes.eora import balanced, spend
+from compress.passes.eora import SMALL, balanced, left_singular, spend
 from compress.plan import load_plan
 from compress.rules import RULES
 from compress.walk import Walk
@@ -107,6 +107,28 @@ def test_the_error_is_the_tail_of_the_singular_values(out: int, width: int, root
     for rank in range(1, min(out, width) + 1):
         one = compensated(state, moments_of(inputs), rank=rank)
         assert error(one, delta, H) == pytest.approx(wanted[rank], rel=1e-5, abs=1e-9 * wanted[0]), rank
+
+
+@pytest.mark.parametrize(("out", "width"), [(96, 160), (160, 96)], ids=["wide", "tall"])
+@pytest.mark.parametrize("case", ["full", "fewer tokens than columns", "nothing lost", "lost on three ranks"])
+def test_products_alone_find_the_same_branch(out: int, width: int, case: str) -> None:
+    """Of a rank that is small beside the matrix, by the block Krylov method: within 1e-4 of the least error."""
+    rank = min(out, width) // SMALL
+    state = lossy(out, width, seed=41)
+    inputs = correlated(30 if case == "fewer tokens than columns" else 400, width, seed=42)
+    if case == "nothing lost":
+        state = state_of(draw(out, width, seed=41), torch.float32)
+    if case == "lost on three ranks":
+        state.mask = None
+        state.weight = state.dense - draw(out, 3, seed=43) @ draw(3, width, seed=44)
+    delta, H = lost(state), exact(inputs).T @ exact(inputs)
+    wanted = tails(delta, by_eigenvectors(H))
+    vectors, squares = left_singular(state.dense - state.base(), moments_of(inputs).gram(), rank)
+    assert torch.allclose(vectors.T @ vectors, torch.eye(rank, dtype=torch.float64), atol=1e-10)
+    singular = -np.diff(wanted)[:rank]  # σ², largest first
+    assert exact(squares) == pytest.approx(singular, rel=2e-2, abs=1e-6 * max(wanted[0], 1e-12))
+    one = compensated(state, moments_of(inputs), rank=rank)
+    assert error(one, delta, H) == pytest.approx(wanted[rank], rel=1e-4, abs=1e-6 * max(wanted[0], 1e-12))
 
 
 @shaped
