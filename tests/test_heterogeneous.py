@@ -329,6 +329,21 @@ def test_later_passes_and_all_formats(first: str, tmp_path: Path) -> None:
             torch.testing.assert_close(tensor, weights["huggingface"][name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+def test_scales_go_along_the_units_of_each_block(family: str, tmp_path: Path) -> None:
+    """AWQ moves scales from one linear into another; with the rows of another block's width the model would break."""
+    tiny_directory(tmp_path / "model", family, blocks=3)
+    first = CHANNELS + ("heads = 0.34\n" if family in GROUPED else "")
+    carried_out(tmp_path, first)
+    before = logits(opened(tmp_path / "out"))
+    _, report = carried_out(
+        tmp_path, first + '[[pass]]\nuse = "awq"\n[[pass]]\nuse = "rtn"\nbits = 8\ngroup_size = 8\n', overwrite=True
+    )
+    after = logits(opened(tmp_path / "out"))
+    assert 0 < float((after - before).norm() / before.norm()) < 0.03
+    assert any(line.use == "awq" and line.detail for line in report.linears)
+
+
 def test_an_output_is_a_model_for_another_plan(tmp_path: Path) -> None:
     tiny_directory(tmp_path / "model", "qwen2", blocks=3)
     carried_out(tmp_path, CHANNELS + SPARSE)
