@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES, AutoConfig
 
 from compress.architecture import HETEROGENEOUS, architecture_for, known_model_types, of_block
 from compress.errors import ModelError
@@ -32,9 +32,8 @@ def register_types() -> None:
             return config_class(model_type).from_dict(values, **options)
 
         name = HETEROGENEOUS + model_type
-        stand_in = type(_named(CONFIG_MAPPING._mapping[model_type]), (), {"model_type": name, "from_dict": read})
-        stand_in.from_dict = staticmethod(read)  # type: ignore[attr-defined]
-        AutoConfig.register(name, stand_in)
+        stands_in = {"model_type": name, "from_dict": staticmethod(read)}
+        AutoConfig.register(name, type(_named(CONFIG_MAPPING_NAMES[model_type]), (), stands_in))
 
 
 def _named(name: str) -> str:

@@ -392,6 +392,7 @@ def test_check_says_who_loads_it(tmp_path: Path) -> None:
     (said,) = (text for text in found["warnings"] if "different widths" in text)
     assert "compress.load reads the result" in said
     assert "stock transformers, GPTQModel and vLLM do not" in said
+    assert "import compress  # transformers then knows the model" in (tmp_path / "out" / "README.md").read_text()
     carried_out(tmp_path, CHANNELS.replace("heterogeneous = true\n", ""), overwrite=True)
     found = check_plan(load_plan(tmp_path / "plan.toml"))
     assert not any("different widths" in text for text in found["warnings"])
