@@ -3,16 +3,18 @@
 The first process, of rank 0, leads: it checks, keeps the journal and exports. The others follow it into every sweep and
 barrier. In a sweep each process runs its own calibration samples; the moments are added up over all of them, each
 linear is solved by one process, and what it made of it goes to all. Where the whole model is trained, each holds a
-share of it (FSDP2, `torch.distributed.fsdp.fully_shard`) and takes a share of every batch. Processes find each other
-through accelerate, and share the output's disk, from which those that follow read the journal.
+share of it (FSDP2) and takes a share of every batch. Processes find each other, and shard, through accelerate; they
+share the output's disk, from which those that follow read the journal.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,19 +108,37 @@ class World:
         return tensors, [note for _, note in told]
 
     def shard(self, module: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Leave each process a share of every parameter; a block is gathered whole while it computes.
+        """Leave each process a share of every parameter (accelerate's FSDP2); a block is whole while it computes.
 
         Parameters become other objects: get them anew. Buffers stay whole.
         """
         if self.size == 1:
             return
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from accelerate import FullyShardedDataParallelPlugin
+        from accelerate.utils import fsdp2_prepare_model
 
-        mesh = init_device_mesh(self.device.type, (self.size,))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(module, mesh=mesh)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=sorted({type(block).__name__ for block in blocks}),
+            cpu_ram_efficient_loading=False,  # what the module holds is not what its checkpoint has
+        )
+        self._accelerator.state.fsdp_plugin = plugin
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Slicing a flattened dim")  # accelerate slices, torch warns
+            fsdp2_prepare_model(self._accelerator, module)
+
+    @cached_property
+    def _accelerator(self) -> Any:
+        """accelerate's, for these processes. Its plugin is set by `shard`, as accelerate does itself on GPUs only."""
+        from accelerate import Accelerator
+        from accelerate.utils import ParallelismConfig
+
+        made = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+        made.state.parallelism_config = ParallelismConfig(dp_shard_size=self.size)
+        made.state.device_mesh = made.state.parallelism_config.build_device_mesh(self.device.type)
+        return made
 
     def gather(self, module: nn.Module) -> None:
         """Have the parameters of a sharded module whole, until `scatter`."""

@@ -33,6 +33,7 @@ class Statistics(IntEnum):
 
 # The fixed ladder of decision D5: the plan's damping, then ten and a hundred times as much, then failure.
 DAMPING_LADDER = (1.0, 10.0, 100.0)
+SMALLEST_HALF = 256  # columns; below, LAPACK's own solver is as fast
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,10 @@ class Moments:
         """(in, in) Σ x xᵀ, symmetric. Raises ValueError when only norms were collected."""
         if self._lower is None:
             raise ValueError("the Gram matrix was not collected; the pass must declare statistics = Statistics.GRAM")
-        full = self._lower.tril_()
-        return full + full.tril(-1).T
+        lower = self._lower.tril_()
+        full = lower + lower.T
+        full.diagonal().mul_(0.5)
+        return full
 
     def is_finite(self) -> bool:
         """False when an input held NaN or infinity, or a sum overflowed."""
@@ -166,11 +169,9 @@ class Moments:
             failed = torch.empty((), dtype=torch.int32, device=self.device)
             L, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))  # reads the lower triangle only
             if failed.item() == 0:
-                R = L.T.flip(0, 1).T  # by columns, like L: LAPACK's order, in which it works in place
+                upper = L.flip(0, 1).contiguous()  # R
                 del L, damped
-                upper = torch.eye(self.in_features, dtype=R.dtype, device=self.device).T
-                torch.linalg.solve_triangular(R, upper, upper=True, out=upper)
-                upper = upper.contiguous()
+                _invert_upper(upper)
                 if bool(torch.isfinite(upper).all()):
                     self._factors[key] = Factor(upper, damping * step, dead, order)
                     return self._factors[key]
@@ -205,3 +206,20 @@ class Moments:
         width = max(128, -(-self.in_features // 8))
         for start in range(0, self.in_features, width):
             yield start, min(start + width, self.in_features)
+
+
+def _invert_upper(R: Tensor) -> None:
+    """The inverse of an upper-triangular matrix (n, n), in its place.
+
+    By halves, ``[[A, B], [0, C]]⁻¹ = [[A⁻¹, −A⁻¹ B C⁻¹], [0, C⁻¹]]``: two thirds of the multiplications of solving for
+    the identity, and no second matrix.
+    """
+    n = R.shape[0]
+    if n <= SMALLEST_HALF:
+        identity = torch.eye(n, dtype=R.dtype, device=R.device)
+        R.copy_(torch.linalg.solve_triangular(R, identity, upper=True))
+        return
+    half = n // 2
+    _invert_upper(R[:half, :half])
+    _invert_upper(R[half:, half:])
+    R[:half, half:] = (R[:half, :half] @ R[:half, half:] @ R[half:, half:]).neg_()
