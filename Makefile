@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/compare.py
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/streaming.py
 
 # torch comes first and pinned: a looser requirement would pull a CUDA build of several gigabytes.
 $(VENV)/installed: pyproject.toml constraints.txt

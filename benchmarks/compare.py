@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-# What is done, as steps of the method and its target: N:M or a sparsity, or bits in groups of 128.
+# What is done, as steps of the method and its target: N:M or a sparsity, bits in groups of 128, or a rank.
 # No RTN: what llm-compressor saves uncompressed after it are the weights before rounding.
 CASES = {
     "Wanda 50 %": ["wanda:0.5"],
@@ -34,6 +34,7 @@ CASES = {
     "GPTQ 4 bits": ["gptq:4"],
     "GPTQ 3 bits": ["gptq:3"],
     "SparseGPT 2:4 + GPTQ 4 bits": ["sparsegpt:2:4", "gptq:4"],
+    "SparseGPT 2:4 + GPTQ 4 bits + EoRA": ["sparsegpt:2:4", "gptq:4", "eora:32"],  # it has no counterpart
 }
 # Ways to run ours that have no counterpart: refresh, and other settings of the passes.
 OURS = {
@@ -58,16 +59,17 @@ def applies(way: str, steps: list[str]) -> bool:
 
 def passes(steps: list[str], way: dict) -> tuple:
     """The passes of a case."""
-    from compress.passes import GPTQ, RTN, SparseGPT, Wanda
+    from compress.passes import GPTQ, RTN, EoRA, SparseGPT, Wanda
 
-    methods = {"wanda": Wanda, "sparsegpt": SparseGPT, "rtn": RTN, "gptq": GPTQ}
+    methods = {"wanda": Wanda, "sparsegpt": SparseGPT, "rtn": RTN, "gptq": GPTQ, "eora": EoRA}
     if way.get("joint"):
         return (SparseGPT(pattern=steps[0].partition(":")[2], bits=int(steps[1].partition(":")[2])),)
     made = []
     for step in steps:
         method, _, target = step.partition(":")
-        key = "bits" if method in ("rtn", "gptq") else "pattern" if ":" in target else "sparsity"
-        value = target if key == "pattern" else int(target) if key == "bits" else float(target)
+        keys = {"rtn": "bits", "gptq": "bits", "eora": "rank"}
+        key = keys.get(method, "pattern" if ":" in target else "sparsity")
+        value = target if key == "pattern" else float(target) if key == "sparsity" else int(target)
         made.append(methods[method](**{key: value}, **way.get(method, {})))
     return tuple(made)
 
@@ -143,7 +145,8 @@ def main() -> None:
         for case, steps in CASES.items():
             if arguments.only not in case:
                 continue
-            tools = [way for way in OURS if applies(way, steps)] + ([PEER] if arguments.peer else [])
+            tools = [way for way in OURS if applies(way, steps)]
+            tools += [PEER] if arguments.peer and not any(step.startswith("eora") for step in steps) else []
             runs: dict[str, list[dict]] = {tool: [] for tool in tools}
             outputs = {tool: Path(folder, str(number)) for number, tool in enumerate(tools)}
             for _ in range(arguments.repeat):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from compress.adapting import AdaptedLinear, Form
 from compress.checkpoint import Shard, lay_out, slots_of, write_shard
 from compress.distributed import World, whole
-from compress.errors import CompressError
+from compress.errors import CompressError, RunError
 from compress.invariants import check_invariants
 from compress.memory import peak_memory
 from compress.passes.base import ModelPass, SettingError
@@ -217,7 +217,7 @@ class Barrier:
 
     def carry_out(self) -> None:
         """Build the model, apply the pass, and commit what it made of every block."""
-        if len(self.work.entries("block", sweep=self.number)) == self.lock.blocks:
+        if not self.run.world.rank and self._is_done():
             return
         self.work.flush()
         self.run.world.announce(self.number)
@@ -245,10 +245,22 @@ class Barrier:
             return  # the first process commits
         self._commit_outside(outside, changed)
         for block in range(self.lock.blocks):
-            if not self.work.entries("block", sweep=self.number, block=block):  # a killed run got so far
-                self._commit_block(block, before[block], model, changed, mask_before, notes, seconds)
+            self._commit_block(block, before[block], model, changed, mask_before, notes, seconds)
         self.work.flush()
         model.store.forget()
+
+    def _is_done(self) -> bool:
+        """Whether all that the pass makes is in the journal, and there."""
+        found = self.work.entries("block", sweep=self.number)
+        damaged = [
+            e["file"] for e in (*found, *self.work.entries("outside", sweep=self.number)) if not self.work.intact(e)
+        ]
+        if damaged:
+            self.run.progress.say(f"  {', '.join(damaged)} of the journal: damaged, {self.one.use()} makes them again")
+        if damaged and self.run.world.size > 1:
+            self.work.forget_sweep(self.number)
+            return False
+        return len(found) == self.lock.blocks and not damaged
 
     def _model(self, before: dict[int, dict[str, Tensor]], outside: dict[str, Tensor]) -> WholeModel:
         """The model as the sweeps before left it."""
@@ -315,10 +327,22 @@ class Barrier:
     def _write(
         self, kind: str, block: int, tensors: dict[str, Tensor], ledger: list[LedgerLine], seconds: float
     ) -> None:
+        known = self.work.entries(kind, sweep=self.number, block=block)
+        if known and self.work.intact(known[0]):  # a run that was stopped got so far
+            return
         (shard,) = lay_out(slots_of(tensors), 1 << 62)
         name = f"{kind}-{self.number}-{max(block, 0):05d}.safetensors"
         shard = Shard(name, shard.slots)
         checksum = write_shard(shard, self.work.directory, tensors)
+        if known and checksum != known[0]["sha256"]:
+            self.work.forget_sweep(self.number)
+            raise RunError(
+                "a damaged file could not be made again as it was",
+                where=str(self.work.directory / name),
+                fix="run the same command: the pass starts over",
+            )
+        if known:
+            return
         line = BlockLine(
             sweep=self.number, index=max(block, 0), seconds=seconds, peak_memory_bytes=peak_memory(self.mode.device)
         )

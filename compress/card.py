@@ -6,6 +6,7 @@ in report.json.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -212,7 +213,7 @@ def _limits(report: Report) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"(\w[\w.\-]*/)?\w[\w.\-]*", name, re.ASCII) is not None and not Path(name).exists()
+    return re.fullmatch(r"(\w[\w.\-]*/)?\w[\w.\-]*", name, re.ASCII) is not None and not os.path.exists(name)  # noqa: PTH110  # Path raises for long names
 
 
 def _public(name: str) -> str:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 
 from compress.errors import ModelError
+from compress.model_files import MAX_JSON, is_inside, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -42,7 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+MAX_HEADER = MAX_JSON  # bytes, some 300,000 tensors a file; the format allows 100 MB, which take gigabytes as objects
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MASKS = "masks.safetensors"  # bit-packed masks beside weights that are stored as codes
@@ -98,7 +100,7 @@ class Checkpoint:
             raise ModelError('"weight_map" is missing or empty', where=str(index), fix="save the model again")
         files: dict[str, list[str]] = {}
         for name, file in weight_map.items():
-            if not isinstance(file, str) or file != Path(file).name or file in ("", ".", "..") or "\\" in file:
+            if not _is_plain(file):
                 raise ModelError(
                     f'tensor "{name}" is said to be in {file!r}, outside the model directory',
                     where=str(index),
@@ -139,10 +141,32 @@ class Checkpoint:
         info = self.tensors[name]
         return read_tensor(self.directory / info.file, info)
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read tensors into its cache while something else goes on, where it can (Linux)."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        spans: dict[str, list[TensorInfo]] = {}
+        for name in names:
+            spans.setdefault(self.tensors[name].file, []).append(self.tensors[name])
+        for file, infos in spans.items():
+            handle = os.open(self.directory / file, os.O_RDONLY)
+            try:
+                for info in infos:
+                    os.posix_fadvise(handle, info.start, info.bytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
+
     def digest(self) -> str:
         """SHA-256 over names, dtypes, shapes and places of all tensors; the data itself is hashed as it is read."""
         lines = (f"{t.name} {t.dtype} {t.shape} {t.file} {t.start}" for _, t in sorted(self.tensors.items()))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _is_plain(file: Any) -> bool:
+    """Whether an index names a file of its own directory."""
+    if not isinstance(file, str) or file != Path(file).name or file in ("", ".", "..") or "\\" in file:
+        return False
+    return len(file.encode(errors="replace")) <= 255  # no file has a longer name
 
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
@@ -175,14 +199,17 @@ def read_header(path: Path) -> Iterator[TensorInfo]:
     def wrong(problem: str) -> ModelError:
         return ModelError(problem, where=str(path), fix="the file is damaged or hostile; download or save it again")
 
-    size = path.stat().st_size
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise wrong("is not a file")
+    size = found.st_size
     with path.open("rb") as file:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > size - 8:
             raise wrong(f"truncated: the header needs {length + 8} bytes, the file has {size}")
         if length > MAX_HEADER:
-            raise wrong(f"the header claims {length} bytes; the format allows {MAX_HEADER}")
+            raise wrong(f"the header claims {length} bytes; of one at most {MAX_HEADER} are read")
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
@@ -235,28 +262,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         raise ValueError("a key appears twice")
     return result
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the model. Raises ModelError when it is missing or anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.name} is missing", where=str(path.parent), fix="copy the whole model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot be read as JSON: {error}", where=str(path), fix="copy the file again") from None
-    if not isinstance(value, dict):
-        raise ModelError("is not a JSON object", where=str(path), fix="copy the file again")
-    return value
-
-
-def is_inside(path: Path, directory: Path) -> bool:
-    """Whether a file lies in the directory; the hub's cache links snapshots to ../../blobs, which is its own layout."""
-    directory = directory.resolve()
-    roots = [directory]
-    if directory.parent.name == "snapshots":
-        roots.append((directory.parent.parent / "blobs").resolve())
-    return any(path.resolve().is_relative_to(root) for root in roots)
 
 
 def _no_weights(directory: Path) -> ModelError:

@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from compress.architecture import architecture_for, is_heterogeneous, of_block
 from compress.checkpoint import Checkpoint
-from compress.errors import CompressError, ModelError, PlanError
+from compress.errors import ModelError, PlanError
 from compress.export.formats import known_formats
 from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
 from compress.lock import Linear, Lock, files_of
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Pass, SettingError, matches
 from compress.passes.structured import Narrowing, Structured
-from compress.rules import check_calibration, check_format, check_order, check_passes, check_patterns, check_texts
+from compress.rules import (
+    check_calibration,
+    check_format,
+    check_order,
+    check_output,
+    check_passes,
+    check_patterns,
+    check_texts,
+)
 from compress.stream import Skeleton
 from compress.structure import Sizes, sketch, width_named
 
@@ -42,6 +50,7 @@ def compile_plan(plan: Plan) -> Lock:
     for stage in stages_of(plan):
         lock = compile_stage(plan, stage, lock)
     assert lock is not None
+    check_output(plan, lock.root.directory)
     check_texts(plan)
     return lock
 
@@ -67,7 +76,7 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
     config = load_config(directory, trust_remote_code=plan.model.trust_remote_code)
     architecture = architecture_for(config.model_type)
     checkpoint = Checkpoint(directory)
-    skeleton = _skeleton(plan, checkpoint, config, architecture)
+    skeleton = Skeleton(checkpoint, config, architecture, trust_remote_code=plan.model.trust_remote_code)
     bare = list(_block_linears(skeleton))
     check_patterns(plan, stage, [linear.name for linear in bare], architecture.head)
     linears = _with_block_passes(plan, stage, skeleton, [_with_passes(linear, plan, stage) for linear in bare])
@@ -102,7 +111,7 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
     if left and lock.ends:
         with sketch(skeleton, left, shards) as drawn:  # that transformers builds what config.json will say
             smaller = load_config(drawn, trust_remote_code=plan.model.trust_remote_code)
-            _skeleton(plan, Checkpoint(drawn), smaller, architecture)
+            Skeleton(Checkpoint(drawn), smaller, architecture, trust_remote_code=plan.model.trust_remote_code)
     return lock
 
 
@@ -129,24 +138,6 @@ def _left(plan: Plan, stage: tuple[int, ...], architecture: Architecture, config
         return one.left(Sizes.of(architecture, config), architecture, config)
     except SettingError as error:
         raise plan.refusal(stage[-1], error) from None
-
-
-def _skeleton(plan: Plan, checkpoint: Checkpoint, config: Any, architecture: Architecture) -> Skeleton:
-    """The model without weights; a configuration that transformers cannot build is the model's mistake."""
-    where = str(checkpoint.directory / "config.json")
-    blocks, stored = getattr(config, "num_hidden_layers", None), len(checkpoint.tensors)
-    if isinstance(blocks, int) and not 0 < blocks <= stored:  # before a hostile number of blocks is built
-        fix = "weights and config.json are of different models; copy both again"
-        raise ModelError(f"{blocks} blocks do not match the {stored} stored tensors", where=where, fix=fix)
-    try:
-        return Skeleton(checkpoint, config, architecture, trust_remote_code=plan.model.trust_remote_code)
-    except CompressError:
-        raise
-    except Exception as error:  # transformers and torch raise many kinds for a wrong configuration
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        raise ModelError(
-            f"the model cannot be built from it: {reason}", where=where, fix="correct config.json"
-        ) from None
 
 
 def _block_linears(skeleton: Skeleton) -> Iterator[Linear]:

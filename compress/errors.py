@@ -25,7 +25,7 @@ class CompressError(Exception):
         lines = [f"{self.where}: {self.problem}" if self.where else self.problem]
         if self.fix:
             lines.append(f"fix: {self.fix}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 class PlanError(CompressError):
@@ -44,6 +44,16 @@ class OutputError(PlanError):
 
 class RunError(CompressError):
     """The run failed; its journal is kept and the same command resumes it."""
+
+
+LONGEST = 2000  # characters of a line; names and values from files may have any length
+
+
+def printable(text: str) -> str:
+    """`text` in one line and without control characters: names from files may hold sequences that terminals obey."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 200]} ... {text[-200:]}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -127,8 +127,8 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     square = max(squares.values(), default=0)
     together = lock.plan.run.refresh == "block" or any(lock.block_passes(sweep) for sweep in range(len(lock.sweeps)))
     grams = sum(squares.values()) if together else square
-    # Factoring holds four more matrices of the Gram's size beside the weight; solving, the factor.
-    factor, held = (4 * square + 8 * largest.weights if square else 0), square
+    # Factoring holds three more matrices of the Gram's size beside the weight; solving, the factor.
+    factor, held = (3 * square + 8 * largest.weights if square else 0), square
     busiest = grams + max(written * overlap + forward + square, kept + factor, kept + held + solve)
     phases = {"blocks": base + light + block + flow + busiest + KEPT}  # the heap keeps so much when it is freed
     if lock.calibrated:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.errors import RunError
-from compress.journal import file_checksum, sync
+from compress.journal import sync
 from compress.stream import Activations
 
 if TYPE_CHECKING:
@@ -31,23 +31,14 @@ class Flows:
         return [self.work.directory / f"activations-{self.number}-{block:05d}-{rank}.bin" for rank in ranks]
 
     def first(self, entries: list[dict[str, Any]]) -> Activations:
-        """The activations in front of the next block: from the journal, or the embedded tokens.
-
-        Raises RunError when those of the journal are damaged, in any process.
-        """
+        """The activations in front of the next block: from the journal, or the embedded tokens."""
         if entries:
-            entry = entries[-1]["activations"][self.run.world.rank]
-            path = self.work.directory / entry["file"]
-            if all(self.run.world.collect(file_checksum(path) == entry["sha256"])):
-                return Activations(path, self._shapes(), self.mode.dtype, keep=False)
-            if not self.work.following:
-                self.work.forget_sweep(self.number)
-            entries.clear()
-            raise RunError(
-                "the journal's activations are damaged",
-                where=str(path),
-                fix="run the same command: the sweep starts over",
-            )
+            path = self.work.directory / entries[-1]["activations"][self.run.world.rank]["file"]
+            return Activations(path, self._shapes(), self.mode.dtype, keep=False)
+        return self.embedded()
+
+    def embedded(self) -> Activations:
+        """The activations in front of the first block."""
         flow = self._begin(0)
         with self.skeleton.loaded(self.skeleton.embedding):
             for batch, ids in enumerate(torch.split(self.run.share.ids, self.run.rows)):

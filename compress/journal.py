@@ -8,6 +8,7 @@ journal there.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,13 +18,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import OutputError
+from compress.errors import OutputError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 Entry = dict[str, Any]
+FAILING = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a disk on which the output may well be
 
 
 class Workspace:
@@ -34,6 +36,7 @@ class Workspace:
 
         Raises:
             OutputError: it cannot be created, or another run holds it.
+            RunError: the disk is full or fails.
         """
         self.output = output
         self.directory = work_directory(output)
@@ -41,18 +44,26 @@ class Workspace:
         self.following = following
         try:
             if not following:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                self._make_directory()
             self._lock = -1 if following else self._acquire()
         except OSError as error:
-            raise OutputError(
-                f"cannot write beside the output: {error.strerror or error}",
-                where=str(output),
-                fix="choose an output on a disk that can be written",
-            ) from None
+            problem = f"cannot write beside the output: {error.strerror or error}"
+            if error.errno in FAILING:
+                fix = "free some space or mend the disk, then run the same command"
+                raise RunError(problem, where=str(output), fix=fix) from None
+            fix = "choose an output on a disk that can be written"
+            raise OutputError(problem, where=str(output), fix=fix) from None
         self._entries: list[Entry] = [] if following else list(self._read())
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
         self._pending: list[Future[object]] = []
         self._failure: BaseException | None = None  # of the writing thread
+
+    def _make_directory(self) -> None:
+        """Create the work directory, and have its name and those of new directories above it on the disk."""
+        fresh = [place for place in (self.directory, *self.directory.parents) if not place.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for place in fresh:
+            sync(place.parent)
 
     def _acquire(self) -> int:
         """Lock ``lock``; a file that vanished meanwhile (the other run ended) is created anew."""
@@ -80,7 +91,7 @@ class Workspace:
                     raise
                 return handle
             os.close(handle)
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self._make_directory()
 
     # --------------------------------------------------------------- reading
 
@@ -110,6 +121,10 @@ class Workspace:
     def entries(self, kind: str, **wanted: Any) -> list[Entry]:
         """The lines of one kind that have these values, in order."""
         return [e for e in self._entries if e["kind"] == kind and all(e.get(k) == v for k, v in wanted.items())]
+
+    def intact(self, entry: Entry) -> bool:
+        """Whether the file that a line, or a part of one, vouches for is as it was."""
+        return bool(file_checksum(self.directory / entry["file"]) == entry["sha256"])
 
     def identify(self, identity: dict[str, Any], plan: dict[str, Any], kind: str = "begin") -> bool:
         """Start the journal of this run, or check that the one found is of this run. True when it resumes.
@@ -182,11 +197,14 @@ class Workspace:
             sync(file)
         if files:
             sync(self.directory)
+        begins = not self._journal.exists()
         payload = json.dumps(entry, sort_keys=True).encode()
         with self._journal.open("ab") as journal:
             journal.write(_checksum(payload).encode() + b" " + payload + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
+        if begins:
+            sync(self.directory)
         for file in obsolete:
             file.unlink(missing_ok=True)
 
@@ -209,6 +227,7 @@ class Workspace:
                 journal.write(_checksum(payload).encode() + b" " + payload + b"\n")
         sync(fresh)
         fresh.replace(self._journal)
+        sync(self.directory)
         self._entries = kept
 
     def publish(self) -> None:
@@ -264,6 +283,12 @@ def file_checksum(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def directory_checksums(directory: Path) -> dict[str, str | None]:
+    """SHA-256 of every file below a directory, by its path in it."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): file_checksum(path) for path in paths}
 
 
 def _checksum(payload: bytes) -> str:

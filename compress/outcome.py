@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import platform
+import re
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -17,13 +19,14 @@ import torch
 from compress import __version__
 from compress.calibration.plan_source import source_digest
 from compress.card import write_card
-from compress.checkpoint import INDEX, MASKS, read_json
-from compress.errors import CompressError, OutputError
+from compress.checkpoint import INDEX, MASKS
+from compress.errors import CompressError, OutputError, PlanError
 from compress.evals.commands import write_gate
 from compress.evals.perplexity import evaluate
 from compress.evals.planned import Measured, measure
 from compress.hub import config_digest
 from compress.memory import peak_memory
+from compress.model_files import read_json
 from compress.report import (
     BlockLine,
     CalibrationInfo,
@@ -92,11 +95,12 @@ def finished_report(lock: Lock, known: dict[str, str], output: Path, *, overwrit
 
 
 def finished_stage(lock: Lock, known: dict[str, str], output: Path) -> Report | None:
-    """The report of a stage that was run to its end; one of another plan is removed."""
+    """The report of a stage that was run to its end; one of another plan, or a damaged one, is removed."""
     if not output.is_dir():
         return None
     if _made_here(output) and read_json(output / "lock.json") == emitted_lock(lock, known):
-        return load_report(output)
+        with suppress(PlanError):
+            return load_report(output)
     shutil.rmtree(output)
     return None
 
@@ -234,9 +238,9 @@ def _license(directory: Path) -> str | None:
         return None
     try:
         declared = ModelCard.load(path).data.get("license")
-    except (OSError, ValueError):
+    except Exception:  # of YAML, of the hub's classes: a card that cannot be read declares none
         return None
-    return declared if isinstance(declared, str) else None
+    return declared if isinstance(declared, str) and re.fullmatch(r"[\w.+-]{1,64}", declared, re.ASCII) else None
 
 
 def _counts(lock: Lock, tensors: FinalTensors | CutTensors) -> tuple[int, int, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,7 +24,7 @@ from compress.estimate import Mode, check_disk, choose_mode
 from compress.export.huggingface import FinalTensors, export
 from compress.export.scales import verify_sets, write_sets
 from compress.export.verify import verify
-from compress.journal import Workspace, file_checksum, work_directory
+from compress.journal import Workspace, directory_checksums, file_checksum, work_directory
 from compress.memory import reset_peak_memory, tame_allocator
 from compress.outcome import (
     assemble,
@@ -148,14 +148,14 @@ def _lead_stages(lock: Lock, world: World, progress: Progress, origin: dict[str,
     for number, planned in enumerate(lock.stages):
         stage = compile_stage(lock.plan, planned.stage, at, _made(workspace.output, number - 1)) if at else planned
         known = identity(stage, world) if at else origin
-        if at:
-            _vouch(workspace, number - 1, known["model"])
         names = ", ".join(lock.plan.passes[index].use() for index in stage.stage)
         progress.say(f"stage {number + 1} of {len(lock.stages)}: {names}")
         if stage.ends:
             break
         place = _made(workspace.output, number)
+        _drop_damaged(workspace, number, progress)
         finished = finished_stage(stage, origin, place)
+        noted = finished and workspace.entries("made", stage=number)
         if finished is None:
             own = Workspace(place)
             try:
@@ -166,21 +166,19 @@ def _lead_stages(lock: Lock, world: World, progress: Progress, origin: dict[str,
                 raise
             finally:
                 own.close()
+        if not noted:
+            workspace.append({"kind": "made", "stage": number, "files": directory_checksums(place)})
         report, at = finished, stage
         world.announce(None)
     return Execution(stage, _mode(stage, world), workspace, progress, known, world, origin, report).carry_out()
 
 
-def _vouch(workspace: Workspace, number: int, model: str) -> None:
-    """Note what a stage has left; where it was noted before, it must be that."""
-    (entry, *_) = (*workspace.entries("made", stage=number), {"kind": "made", "stage": number, "model": model})
-    if entry["model"] != model:
-        place = _made(workspace.output, number)
+def _drop_damaged(workspace: Workspace, number: int, progress: Progress) -> None:
+    """Remove what a stage has left if it is not what the journal has noted: the stage starts over."""
+    place, noted = _made(workspace.output, number), workspace.entries("made", stage=number)
+    if place.is_dir() and noted and directory_checksums(place) != noted[-1]["files"]:
+        progress.say(f"  the model that stage {number + 1} left is damaged; the stage starts over")
         shutil.rmtree(place)
-        fix = "run the same command: that stage starts over"
-        raise RunError(f"the model that stage {number + 1} left is damaged", where=str(place), fix=fix)
-    if not workspace.entries("made", stage=number):
-        workspace.append(entry)
 
 
 def _made(output: Path, number: int) -> Path:
@@ -293,16 +291,11 @@ class Execution:
         self.skeleton.replaced = {n.rpartition(":")[0]: t for n, t in self.kept_outside(sweep - 1).items()}
 
     def _begin(self) -> None:
-        """Start or resume the journal; a file it vouches for that is damaged drops its sweep."""
+        """Start or resume the journal."""
         plan = self.lock.plan
         kind = "stage" if self.lock.before and self.lock.ends else "begin"
         if self.work.identify(self.identity, self.lock.canonical(), kind):
             self.resumed = len(self.work.entries("resume")) + 1
-            for sweep in range(len(self.lock.sweeps)):
-                entries = self.work.entries("block", sweep=sweep) + self.work.entries("outside", sweep=sweep)
-                if not all(self._intact(entry) for entry in entries):
-                    self.progress.say(f"  a file of sweep {sweep + 1} is damaged; the sweep starts over")
-                    self.work.forget_sweep(sweep)
             self.work.append({"kind": "resume"})
             self.progress.say(f"resuming the run in {self.work.directory}")
         began = self.work.entries("threads")
@@ -310,9 +303,6 @@ class Execution:
             began = [{"kind": "threads", "threads": plan.run.threads or torch.get_num_threads()}]
             self.work.append(began[0])
         torch.set_num_threads(began[0]["threads"])  # the order of additions depends on it
-
-    def _intact(self, entry: dict[str, Any]) -> bool:
-        return bool(file_checksum(self.work.directory / entry["file"]) == entry["sha256"])
 
     def _calibration(self) -> TokenSet:
         """The calibration set: from the journal, or made now."""
@@ -325,7 +315,15 @@ class Execution:
         else:
             tokens = make_tokens(self.lock, self.mode.device)
             tokens.save(path)
-            self.work.append({"kind": "calibration", "sha256": file_checksum(path)}, files=(path,))
+            checksum = file_checksum(path)
+            if known and checksum != known[0]["sha256"]:
+                raise RunError(
+                    f"calibration tokens were damaged, and {settings.source} no longer gives the same",
+                    where=str(path),
+                    fix="bring back the source as it was, or start over with --restart",
+                )
+            if not known:
+                self.work.append({"kind": "calibration", "sha256": checksum}, files=(path,))
         vocabulary = self.skeleton.model.get_input_embeddings().num_embeddings
         if int(tokens.ids.max()) >= vocabulary:
             raise PlanError(

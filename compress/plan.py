@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+LONGEST_NAME = 255  # bytes, on all file systems that are in use; a longer one makes every look-up fail
+
+
 class Model(Settings):
     """The model to compress."""
 
@@ -297,6 +300,10 @@ def plan_from_tables(data: dict[str, Any], source: Source) -> Plan:
     for location, text in _strings(data):
         if "\0" in text:
             raise PlanError("holds a NUL character", where=source.where(location), fix="remove it")
+        longest = max(map(len, text.encode(errors="replace").split(b"/")))
+        if longest > LONGEST_NAME and (location[0] != "pass" or location[-1] == "source"):
+            problem = f"has a part of {longest:,} bytes, longer than the name of any file"
+            raise PlanError(problem, where=source.where(location), fix="correct it")
     tables = data.get("pass", [])
     if isinstance(tables, list):
         built: list[Pass] = []

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from compress.errors import PlanError
 from compress.evals.results import Divergence, GateResult, Measured, TaskLine, TasksInfo
+from compress.model_files import check_file
 from compress.settings import Settings
 
 if TYPE_CHECKING:
@@ -205,6 +206,7 @@ def replace_text(path: Path, text: str) -> None:
 def load_report(directory: Path | str) -> Report:
     """Read the report of an output directory; PlanError when there is none that this version understands."""
     path, fix = Path(directory) / "report.json", "give an output directory of compress, or run the plan again"
+    check_file(path, Path(directory))
     try:
         content = from_json(path.read_bytes(), allow_inf_nan=False)
         version = content.get("schema_version") if isinstance(content, dict) else None

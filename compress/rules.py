@@ -207,6 +207,18 @@ def _needs_data(one: Pass) -> bool:
     return one.learns() or (isinstance(one, (LinearPass, BlockPass)) and bool(one.needed()))
 
 
+def check_output(plan: Plan, model: Path) -> None:
+    """The output must not be the model, nor be in it, nor hold it: replacing it would destroy the model.
+
+    `model`: its directory.
+    """
+    output, model = plan.resolve(plan.run.output).resolve(), model.resolve()
+    if output == model or output.is_relative_to(model) or model.is_relative_to(output):
+        relation = "is" if output == model else "lies in" if output.is_relative_to(model) else "holds"
+        where = plan.source.where(("run", "output"))
+        raise PlanError(f"the output {relation} the model directory", where=where, fix="choose another output")
+
+
 def check_texts(plan: Plan) -> None:
     """Text files must be there before hours of work, not when their turn comes."""
     named = [(("calibration", "source"), plan.calibration.source)] if plan.calibration else []

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from compress.architecture import architecture_for
-from compress.errors import PlanError, nearest
+from compress.errors import CompressError, ModelError, PlanError, nearest
 from compress.export.packed import FLOATS, VERSION, read_scheme, write_scheme
 from compress.export.reader import BranchedCheckpoint, DecodedCheckpoint, open_model
-from compress.hub import find_model
+from compress.hub import find_model, reason
 from compress.kernels.choose import Kernels, choose
 from compress.plan import Model
 from compress.stream import Skeleton
@@ -68,12 +68,19 @@ def load(
         schemes = [write_scheme(layout, [name]) for name, layout in layouts.items()]
         settings = {"kernels": kernels, "device": str(where)}
         config.quantization_config = {"quant_method": "compress", "version": VERSION, "schemes": schemes} | settings
-    # Not the Auto class: it takes no tensors without a name to find them by.
     state = _tensors(checkpoint, skeleton)
-    model = type(skeleton.model).from_pretrained(None, config=config, state_dict=state, dtype=chosen)
-    model.config.name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    try:
+        # Not the Auto class: it takes no tensors without a name to find them by.
+        model = type(skeleton.model).from_pretrained(None, config=config, state_dict=state, dtype=chosen)
+        model.config.name_or_path = str(folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except CompressError:
+        raise
+    except Exception as error:  # transformers raises many kinds for a wrong configuration
+        problem = f"transformers cannot load it: {type(error).__name__}: {reason(error)}"
+        fix = "correct config.json and generation_config.json"
+        raise ModelError(problem, where=str(folder), fix=fix) from None
     model.compress_kernels = getattr(model, "compress_kernels", {})
     loaded: PreTrainedModel = model.requires_grad_(False).to(where)
     return loaded

@@ -8,7 +8,6 @@ right only: under causal attention no real token ever sees padding, so the argum
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import Checkpoint, raw_bytes, read_json
+from compress.checkpoint import Checkpoint, raw_bytes
 from compress.errors import ModelError, RunError
+from compress.hub import empty_model
+from compress.model_files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,17 +65,11 @@ class Skeleton:
         """Build the model on the meta device and match it with the checkpoint; no weight is read.
 
         Raises:
-            ModelError: a tensor is missing or has another shape than config.json says.
+            ModelError: there is no such model, or a tensor is missing or has another shape than config.json says.
         """
-        from transformers import AutoModelForCausalLM
-
         self.checkpoint, self.config, self.architecture = checkpoint, config, architecture
         self.config_json = read_json(checkpoint.directory / "config.json")  # as written; a sketch is soon gone
-        with torch.device("meta"):
-            # A copy: the constructor writes choices such as the attention implementation into its configuration.
-            self.model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
-            ).eval()
+        self.model = empty_model(checkpoint, config, architecture, trust_remote_code=trust_remote_code)
         blocks = self.model.get_submodule(architecture.blocks)
         self.blocks: list[nn.Module] = list(blocks)
         self._match()
@@ -257,6 +252,11 @@ class Skeleton:
         finally:
             for name in names:
                 self._unload(name)
+
+    def expect(self, index: int) -> None:
+        """Have the system read what a block will need, if there is such a block."""
+        if index < len(self.blocks):
+            self.checkpoint.expect(self.stored[name] for name in self.block_parameters(index))
 
     @contextmanager
     def dense_block(self, index: int) -> Iterator[nn.Module]:

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.checkpoint import Checkpoint, TensorInfo, is_inside, raw_bytes, read_header, read_json, read_tensor
+from compress.checkpoint import Checkpoint, TensorInfo, raw_bytes, read_header, read_tensor
 from compress.errors import ModelError, PlanError, RunError, nearest
 from compress.export.formats import PackedFormat, known_formats
 from compress.export.scales import FOLDER, SUFFIX
 from compress.export.verify import read_independently, same_bits
 from compress.journal import sync
+from compress.model_files import is_inside, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,6 +22,7 @@ from compress.invariants import check_invariants
 from compress.memory import peak_memory, trim
 from compress.passes.base import BlockPass, BlockState, Note, Pass, SettingError
 from compress.reconstruct import BlockForward
+from compress.redo import mend
 from compress.report import BlockLine, LedgerLine
 from compress.spread import spread_of
 from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
@@ -49,6 +50,10 @@ class Sweep:
     def carry_out(self) -> None:
         """Walk over the blocks once, from where the journal ends."""
         lock = self.lock
+        needed = any(lock.statistics(linear, self.number) for linear in lock.linears)
+        needed = needed or any(one.learns() for _, one in lock.block_passes(self.number))
+        if not self.work.following:
+            mend(self, needed=needed)
         entries = self.work.entries("block", sweep=self.number)
         first = len(entries)
         if first == lock.blocks:
@@ -59,11 +64,10 @@ class Sweep:
         self.spread = spread_of(lock, self.number, self.run.kept)
         self.run.world.announce(self.number)
         self.run.world.together = True
-        needed = any(lock.statistics(linear, self.number) for linear in lock.linears)
-        needed = needed or any(one.learns() for _, one in lock.block_passes(self.number))
         flow = self.flows.first(entries) if needed else None
         for index in range(first, lock.blocks):
             began = time.perf_counter()
+            self.skeleton.expect(index + 1)
             flow, ledger, artifact = self._block(index, flow)
             seconds = time.perf_counter() - began
             self._commit(index, flow, ledger, artifact, seconds)
@@ -112,6 +116,14 @@ class Sweep:
                     ledger += self._solve(index, module, group, statistics, artifact)
                 after = self.flows.outputs(index, walk) if flow and index + 1 < lock.blocks else None
         return after, ledger, artifact
+
+    def replayed(self, index: int, flow: Activations, kept: dict[str, Tensor]) -> Activations:
+        """The activations behind a block that is finished, as it left them; `kept`: what the journal keeps of it."""
+        with (
+            self.skeleton.block(index, self.as_parameters(index, kept)) as module,
+            self._walk(module, index, [], flow) as walk,
+        ):
+            return self.flows.outputs(index, walk)
 
     def _solve(
         self,

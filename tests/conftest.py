@@ -35,16 +35,16 @@ LETTERS = ascii_letters
 
 
 def compile_report_once() -> None:
-    """Compiling the report's page takes half as long as all of a tiny run: do it once per process, not per run."""
-    compiled: list[Any] = []
+    """Compiling the report's pages takes half as long as all of a tiny run: do it once per process, not per run."""
+    compiled: dict[str, Any] = {}
     original = jinja2.Environment.compile
 
     def compile_once(self: jinja2.Environment, source: Any, name: str | None = None, *more: Any, **options: Any) -> Any:
-        if name != "report.html.jinja":
+        if name is None or not name.startswith("report"):
             return original(self, source, name, *more, **options)
-        if not compiled:
-            compiled.append(original(self, source, name, *more, **options))
-        return compiled[0]
+        if name not in compiled:
+            compiled[name] = original(self, source, name, *more, **options)
+        return compiled[name]
 
     jinja2.Environment.compile = compile_once  # type: ignore[method-assign]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,10 +15,13 @@ import compress
 from compress.adapting import AdaptedLinear
 from compress.barrier import WholeModel, build
 from compress.compiling import compile_plan
+from compress.errors import RunError
 from compress.journal import Workspace
 from compress.passes import GPTQ, PERP, EoRA, Invariant, ModelPass, Note, SparseGPT, Wanda
+from compress.sweep import Sweep
 from compress.training_store import TrainingStore
 from tests.conftest import some_text, tiny_directory, write_tokenizer
+from tests.crash import entries_of
 from tests.models import FAMILIES, save_tiny
 
 if TYPE_CHECKING:
@@ -216,8 +218,7 @@ def everything(directory: Path) -> dict[str, bytes]:
 
 def kinds(work: Path) -> list[str]:
     """What each line of a journal is."""
-    lines = (work / "journal.jsonl").read_text().splitlines()
-    return [json.loads(line.partition(" ")[2])["kind"] for line in lines]
+    return [entry["kind"] for entry in entries_of(work)]
 
 
 # What the journal of STEPS holds, line by line: after the start, the sweep of sparsegpt, and so on.
@@ -283,7 +284,7 @@ def test_damaged_states_of_a_training(
     work = stopped(7)
     files = sorted(work.glob("training-*"))
     assert len(files) == 2
-    entries = [json.loads(line.partition(" ")[2]) for line in (work / "journal.jsonl").read_text().splitlines()[-2:]]
+    entries = entries_of(work)[-2:]
     assert {entry["file"] for entry in entries} == {path.name for path in files}
     for path in files if which == "both" else [work / entries[-1]["file"]]:
         damage(path)
@@ -305,9 +306,35 @@ def test_damaged_states_of_a_training(
 
 
 @pytest.mark.parametrize("name", ["outside-1-00000", "block-1-00000", "block-1-00001"])
-def test_damaged_results_are_made_again(source: Path, stopped: Callable[[int], Path], name: str) -> None:
+def test_damaged_results_are_made_again(
+    source: Path, stopped: Callable[[int], Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their training, and nothing behind it."""
     work = stopped(11)
     damage(work / f"{name}.safetensors")
+    blocks: list[tuple[int, int]] = []
+    original = Sweep._block
+
+    def note(self: Sweep, index: int, *arguments: Any) -> Any:
+        blocks.append((self.number, index))
+        return original(self, index, *arguments)
+
+    monkeypatch.setattr(Sweep, "_block", note)
+    again(work.parent)
+    assert blocks == [(2, 1)]
+    assert everything(work.parent / "out") == everything(source / "reference")
+
+
+def test_a_training_that_ends_otherwise_is_not_mixed_with_what_it_was(
+    source: Path, stopped: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = stopped(11)
+    damage(work / "block-1-00001.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.barrier.write_shard", lambda *_: "0" * 64)
+        with pytest.raises(RunError, match="could not be made again"):
+            again(work.parent)
+    assert {entry.get("sweep", 0) for entry in entries_of(work)} == {0}
     again(work.parent)
     assert everything(work.parent / "out") == everything(source / "reference")
 

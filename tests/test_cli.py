@@ -412,7 +412,7 @@ def test_a_start_that_fails_holds_no_lock(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
-        assert "No space left on device" in refused(capsys, "plan.toml")
+        assert "No space left on device" in refused(capsys, "plan.toml", code=3)
     assert left_behind(folder) == []
     assert command(capsys, "plan.toml").code == 0
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,6 +22,9 @@ from compress.distributed import Job, Share, World, spread
 from compress.export.reader import open_model
 from compress.report import load_report
 from tests.conftest import ROOT, files_of, tiny_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HEAD = """\
 [model]
@@ -264,6 +269,55 @@ def test_the_death_of_one_ends_the_run_and_the_same_command_resumes_it(
     }
 
 
+# ---------------------------------------------------------------- two hosts
+
+HOSTS = (("compress-a", "10.77.0.1"), ("compress-b", "10.77.0.2"))  # a network of their own; nothing leaves it
+
+
+def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def hosts() -> Iterator[None]:
+    """Two network namespaces with a cable between them."""
+    if shutil.which("ip") is None or ip("netns", "add", HOSTS[0][0]).returncode:
+        pytest.skip("network namespaces cannot be made here")
+    try:
+        ip("netns", "add", HOSTS[1][0])
+        made = ip("link", "add", "cable", "netns", HOSTS[0][0], "type", "veth", "peer", "cable", "netns", HOSTS[1][0])
+        if made.returncode:
+            pytest.skip(f"no virtual cable can be made here: {made.stderr.strip()}")
+        for name, address in HOSTS:
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield
+    finally:
+        for name, _ in HOSTS:
+            ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+def test_two_hosts_share_a_disk_and_a_network(hosts: None, tmp_path: Path) -> None:
+    source(tmp_path)
+    passes = SPARSEGPT + EORA
+    status, _, err = run(tmp_path, "alone", 1, passes, head=HEAD)
+    assert status == 0, err
+    (tmp_path / "several.toml").write_text((HEAD + passes).format(output="several").replace("text.txt", "text.jsonl"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+    running = []
+    for rank, (name, _) in enumerate(HOSTS):
+        launcher = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}", f"--master-addr={HOSTS[0][1]}"]
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *launcher]
+        command += ["--master-port=29400", "-m", "compress", "several.toml"]
+        pipe = subprocess.PIPE
+        running.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True))
+    told = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], told
+    compare(tmp_path / "alone", tmp_path / "several")
+
+
 # ---------------------------------------------------------------- who does what
 
 
@@ -291,6 +345,38 @@ def test_portions_are_a_partition(size: int, count: int) -> None:
     parts = [range(count)[world(rank, size).portion(count)] for rank in range(size)]
     assert [n for part in parts for n in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.slow
+def test_what_is_damaged_starts_over_in_all_of_them(tmp_path: Path) -> None:
+    """A file of a sweep, then one of a training, of a run that died in its last training."""
+    source(tmp_path)
+    passes = TRAIN + LONG
+    status, _, err = run(tmp_path, "whole", 2, passes)
+    assert status == 0, err
+    process = start(tmp_path, "out", 2, passes)
+    deadline = time.monotonic() + 240
+    while sum('"kind": "training"' in line and '"sweep": 4' in line for line in journal(tmp_path, "out")) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(processes_in(tmp_path)[0], signal.SIGKILL)
+    process.communicate(timeout=120)
+    kept = tmp_path / "kept"
+    shutil.copytree(tmp_path / ".out.compress", kept)
+    for name in ("block-0-00001", "block-1-00000"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(tmp_path / ".out.compress", ignore_errors=True)
+        shutil.copytree(kept, tmp_path / ".out.compress")
+        path = tmp_path / ".out.compress" / f"{name}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        status, out, err = run(tmp_path, "out", 2, passes)
+        assert status == 0, err
+        assert f"{name}.safetensors of the journal: damaged" in out
+        skipped = ("plan.toml", "lock.json", "README.md", "adapter/adapter_config.json")  # they name the output
+        assert {n: b for n, b in files_of(tmp_path / "whole").items() if n not in skipped} == {
+            n: b for n, b in files_of(tmp_path / "out").items() if n not in skipped
+        }
 
 
 # ---------------------------------------------------------------- shares of a batch

@@ -6,12 +6,11 @@ imports and forks a child for every run; it starts no thread itself.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,11 +19,13 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress import outcome
+from compress.calibration.tokens import TokenSet
 from compress.errors import CompressError, OutputError, RunError
 from compress.journal import Workspace
 from compress.stream import Activations
 from compress.sweep import Sweep
-from tests.conftest import ROOT, files_of, some_text, tiny_directory
+from tests.conftest import files_of, some_text, tiny_directory
+from tests.crash import COMMITS, EVERYTHING, Runner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,124 +52,6 @@ scope = "global"
 use = "wanda"
 pattern = "2:4"
 """
-
-# Reads one JSON command a line: {plan, kill_at, points, after, overwrite}. Forks, runs the plan in the child and
-# answers {status, events}. A child dies by SIGKILL at the `kill_at`-th event, or `after` seconds from its start. Events
-# are the entries and exits of the functions in `points`.
-DRIVER = """
-import importlib, json, os, signal, sys, threading, time
-import jinja2
-import torch
-import compress
-from compress import pipeline
-from compress.errors import CompressError
-from compress.plan import load_plan
-import compress.calibration.plan_source
-import transformers.models.auto.tokenization_auto, transformers.models.llama.modeling_llama
-from tests.conftest import compile_report_once
-
-compile_report_once()
-load = jinja2.FileSystemLoader(os.path.dirname(compress.__file__))
-options = {"autoescape": True, "trim_blocks": True, "extensions": ["jinja2.ext.do"]}
-jinja2.Environment(loader=load, **options).get_template("report.html.jinja")
-torch.set_num_threads(1)
-
-def child(command, events):
-    lock, count = threading.Lock(), [0]
-    def tick():
-        with lock:
-            if count[0] == command.get("kill_at"):
-                os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(60)
-            count[0] += 1
-            os.pwrite(events, count[0].to_bytes(4, "little"), 0)
-    def watched(original):
-        def run(*args, **kwargs):
-            tick()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                tick()
-        return run
-    for point in command.get("points", ()):
-        module, _, path = point.partition(":")
-        owner = importlib.import_module(module)
-        *parents, name = path.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        setattr(owner, name, watched(getattr(owner, name)))
-    compress.run(load_plan(command["plan"]), overwrite=command.get("overwrite", False))
-
-print("ready", flush=True)
-for line in sys.stdin:
-    command = json.loads(line)
-    events = os.memfd_create("events")
-    os.pwrite(events, bytes(4), 0)
-    began = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            child(command, events)
-            code = 0
-        except CompressError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            code = error.exit_code
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if "after" in command:
-        time.sleep(command["after"])
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    count = int.from_bytes(os.pread(events, 4, 0), "little")
-    os.close(events)
-    answer = {"status": status, "events": count, "seconds": time.monotonic() - began}
-    print(json.dumps(answer), flush=True)
-"""
-COMMITS = [
-    "compress.journal:Workspace._commit",
-    "compress.sweep:write_shard",
-    "compress.export.huggingface:write_shard",
-    "compress.journal:Workspace.publish",
-]
-EVERYTHING = [
-    *COMMITS,
-    "os:fsync",
-    "compress.checkpoint:raw_bytes",
-    "compress.stream:Activations._write",
-    "compress.calibration.tokens:TokenSet.save",
-    "pathlib:Path.rename",
-    "pathlib:Path.replace",
-    "pathlib:Path.unlink",
-    "shutil:rmtree",
-    "shutil:copyfile",
-]
-
-
-class Runner:
-    """The process that forks the runs."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def __call__(self, folder: Path, **command: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"plan": str(folder / "plan.toml"), **command}) + "\n")
-        self.process.stdin.flush()
-        return dict(json.loads(self.process.stdout.readline()))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +99,7 @@ def kill_at_every(runner: Runner, folder: Path, points: list[str], step: int = 1
     kills = 0
     for number in range(offset, total["events"], step):
         start_over(folder)
-        found = runner(folder, points=points, kill_at=number)
+        found = runner(folder, points=points, at=number)
         assert found["status"] == -signal.SIGKILL, (number, found)
         if (folder / "out").exists():
             assert files_of(folder / "out") == files_of(folder / "reference"), number
@@ -255,7 +138,7 @@ def test_killed_at_random_times(runner: Runner, folder: Path, kills: int) -> Non
 def test_killed_again_and_again(runner: Runner, folder: Path) -> None:
     """Every run gets a few events further than its journal."""
     deaths = 0
-    while runner(folder, points=COMMITS, kill_at=5)["status"] == -signal.SIGKILL:
+    while runner(folder, points=COMMITS, at=5)["status"] == -signal.SIGKILL:
         deaths += 1
         assert deaths < 40
     assert deaths > 3
@@ -275,14 +158,14 @@ def test_killed_while_it_replaces_an_output(runner: Runner, folder: Path) -> Non
     for number in range(20):
         start_over(folder)
         shutil.copytree(folder / "old", folder / "out")
-        status = runner(folder, points=points, kill_at=number, overwrite=True)["status"]
+        status = runner(folder, points=points, at=number, options=["--overwrite"])["status"]
         left = files_of(folder / "out") if (folder / "out").exists() else None
         found.append("none" if left is None else "old" if left == old else "new")
         assert left in (None, old, new)
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        assert runner(folder, overwrite=True)["status"] == 0, number
+        assert runner(folder, options=["--overwrite"])["status"] == 0, number
         assert files_of(folder / "out") == new
         assert not (folder / ".out.compress").exists()
     assert list(dict.fromkeys(found)) == ["old", "none", "new"]
@@ -315,6 +198,19 @@ def interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch, sweep: int, block: 
     return folder / ".out.compress"
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The (sweep, block) that are compressed from now on."""
+    blocks: list[tuple[int, int]] = []
+    original = Sweep._block
+
+    def note(self: Sweep, index: int, *arguments: Any) -> Any:
+        blocks.append((self.number, index))
+        return original(self, index, *arguments)
+
+    monkeypatch.setattr(Sweep, "_block", note)
+    return blocks
+
+
 POINTS = [(0, 0), (0, 1), (1, 0), (1, 1)]
 at_every_block = pytest.mark.parametrize(("sweep", "block"), POINTS, ids=[f"sweep{s}-block{b}" for s, b in POINTS])
 
@@ -324,11 +220,7 @@ def test_an_exception_is_resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, 
     work = interrupt(folder, monkeypatch, sweep, block)
     assert not (folder / "out").exists()
     assert len(list(work.glob("block-*"))) == 2 * sweep + block
-    blocks: list[tuple[int, int]] = []
-    original = Sweep._block
-    monkeypatch.setattr(
-        Sweep, "_block", lambda self, *a: (blocks.append((self.number, a[0])), original(self, *a))[1]
-    )  # what was done is not done again
+    blocks = watched(monkeypatch)
     report = run(folder)
     assert blocks == POINTS[2 * sweep + block :]
     assert report.resumed == 1
@@ -374,10 +266,7 @@ def test_a_damaged_line_ends_the_journal_there(folder: Path, monkeypatch: pytest
     kinds = [json.loads(line.partition(b" ")[2])["kind"] for line in found]
     assert kinds == ["begin", "threads", "calibration", "block", "block", "survey", "block"]
     flip(work / "journal.jsonl", sum(len(line) for line in found[:number]) + len(found[number]) // 2)
-    if number == 4:  # the activations behind the first block are needed again, and deleted
-        with pytest.raises(RunError, match="activations are damaged"):
-            run(folder)
-    run(folder)
+    run(folder)  # after the fourth, the activations behind the first block are needed again, and were deleted
     assert_finished(folder)
 
 
@@ -392,13 +281,15 @@ each_damage = pytest.mark.parametrize("how", DAMAGE)
 
 
 @each_damage
-@pytest.mark.parametrize(
-    "name", ["block-0-00000.safetensors", "block-0-00001.safetensors", "block-1-00000.safetensors"]
-)
-def test_a_damaged_block_file(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str) -> None:
+@pytest.mark.parametrize("point", POINTS[:3])
+def test_only_the_block_of_a_damaged_file_is_done_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, point: tuple[int, int], how: str
+) -> None:
     work = interrupt(folder, monkeypatch, 1, 1)
-    DAMAGE[how](work / name)
+    DAMAGE[how](work / f"block-{point[0]}-{point[1]:05d}.safetensors")
+    blocks = watched(monkeypatch)
     run(folder)
+    assert blocks == [point, (1, 1)]
     assert_finished(folder)
 
 
@@ -416,9 +307,65 @@ def test_damaged_activations(folder: Path, monkeypatch: pytest.MonkeyPatch, swee
     work = interrupt(folder, monkeypatch, sweep, block)
     (path,) = work.glob("activations-*")
     DAMAGE[how](path)
-    with pytest.raises(RunError, match="activations are damaged"):
-        run(folder)
-    assert not (folder / "out").exists()
+    blocks = watched(monkeypatch)
+    run(folder)
+    assert blocks == POINTS[2 * sweep + block :]  # none is compressed again for them
+    assert_finished(folder)
+
+
+@pytest.mark.parametrize("which", ["blocks", "activations"])
+def test_a_block_that_comes_out_otherwise_has_its_sweep_start_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """As it might on another device: nothing that was built on the old one may stay."""
+    work = interrupt(folder, monkeypatch, 1, 1)
+    flip(work / "block-0-00001.safetensors", 99)
+    found = lines(work)
+    for number, line in enumerate(found):
+        entry = json.loads(line.partition(b" ")[2])
+        if (entry["kind"], entry.get("sweep"), entry.get("block")) == ("block", 0, 0 if which == "activations" else 1):
+            (entry["activations"][0] if which == "activations" else entry)["sha256"] = "0" * 64
+            payload = json.dumps(entry, sort_keys=True).encode()
+            found[number] = hashlib.sha256(payload).hexdigest()[:16].encode() + b" " + payload + b"\n"
+    (work / "journal.jsonl").write_bytes(b"".join(found))
+    blocks = watched(monkeypatch)
+    run(folder)
+    assert blocks[-4:] == POINTS
+    assert_finished(folder)
+
+
+def test_a_kill_on_the_way_to_a_damaged_block(runner: Runner, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = interrupt(folder, monkeypatch, 1, 1)
+    kept = folder.parent / f"{folder.name}-kept"
+    shutil.copytree(work, kept)
+    points = ["compress.redo:write_shard", "compress.stream:Activations._close", "pathlib:Path.unlink"]
+    deaths = 0
+    for at in range(30):
+        start_over(folder)
+        shutil.copytree(kept, work)
+        flip(work / "block-0-00001.safetensors", 99)
+        flip(next(work.glob("activations-*")), 9)
+        died = runner(folder, points=points, at=at)["status"] == -signal.SIGKILL
+        assert runner(folder)["status"] == 0, at
+        assert_finished(folder)
+        if not died:
+            break
+        deaths += 1
+    shutil.rmtree(kept)
+    assert deaths > 8
+
+
+def test_calibration_tokens_that_cannot_be_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source is a dataset on the hub, say, and has changed since."""
+    work = interrupt(folder, monkeypatch, 1, 1)
+    flip(work / "calibration.safetensors", 99)
+    with monkeypatch.context() as patch:
+        other = TokenSet(torch.ones(90, 24, dtype=torch.int64), torch.ones(90, 24, dtype=torch.bool))
+        patch.setattr("compress.pipeline.make_tokens", lambda *_: other)
+        for _ in range(2):
+            with pytest.raises(RunError, match="no longer gives the same"):
+                run(folder)
+    assert len(list(work.glob("block-*"))) == 3
     run(folder)
     assert_finished(folder)
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import compress
-from compress.errors import CompressError, OutputError, PlanError, RunError
+from compress.errors import CompressError, OutputError, PlanError
 from compress.journal import Workspace
 from compress.sweep import Sweep
 from tests.conftest import files_of, some_text, tiny_directory
-from tests.test_resume import COMMITS, Interrupted, Runner, change_weight, flip
+from tests.crash import COMMITS, Runner
+from tests.test_resume import Interrupted, change_weight, flip
 from tests.test_stages import EORA, NARROWER, SPARSE, WIDTH, left_in, run, write
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def test_killed_between_and_inside_stages(runner: Runner, staged: Path, temporar
     assert_finished(staged)
     for number in range(5, total["events"], total["events"] // 6):
         shutil.rmtree(staged / "out")
-        assert runner(staged, points=COMMITS, kill_at=number)["status"] == -signal.SIGKILL
+        assert runner(staged, points=COMMITS, at=number)["status"] == -signal.SIGKILL
         if not (staged / "out").exists():
             assert runner(staged)["status"] == 0, number
         else:
@@ -195,16 +196,41 @@ def test_another_model_or_text_is_refused(staged: Path, monkeypatch: pytest.Monk
     assert_finished(staged)
 
 
+@pytest.mark.parametrize(("file", "at"), [("model.safetensors", -2), ("model.safetensors", 9), ("tokenizer.json", 50)])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_damaged_model_between_stages_is_made_again(
-    staged: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+    staged: Path, monkeypatch: pytest.MonkeyPatch, stage: int, file: str, at: int
 ) -> None:
+    """Before anything of it is read: a header, or a tokenizer that the next stage calibrates with."""
     work = interrupt(staged, monkeypatch, stage)
-    path = work / f"stage-{stage - 1}" / "model.safetensors"
-    flip(path, path.stat().st_size - 2)
-    with pytest.raises(RunError, match=f"the model that stage {stage} left is damaged"):
-        run(staged)
+    path = work / f"stage-{stage - 1}" / file
+    flip(path, at % path.stat().st_size)
+    blocks = watched(monkeypatch)
     run(staged)
+    assert blocks == [STEPS[2 * stage - 2], STEPS[2 * stage - 1], *STEPS[2 * stage + 1 :]]
+    assert_finished(staged)
+
+
+@pytest.mark.parametrize("file", ["report.json", "lock.json"])
+def test_a_stage_that_ended_but_was_not_noted_is_read_with_care(
+    staged: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """The kill came between its last rename and the journal's line."""
+    append = Workspace.append
+
+    def stop(self: Workspace, entry: dict[str, Any], **options: Any) -> None:
+        if entry["kind"] == "made":
+            raise Interrupted
+        append(self, entry, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "append", stop)
+        with pytest.raises(Interrupted):
+            run(staged)
+    (staged / ".out.compress" / "stage-0" / file).write_text("{")
+    blocks = watched(monkeypatch)
+    run(staged)
+    assert blocks == STEPS
     assert_finished(staged)
 
 

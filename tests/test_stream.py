@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compress.architecture import architecture_for
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, read_header
 from compress.errors import ModelError, RunError
 from compress.hub import load_config
 from compress.stream import Activations, Skeleton
@@ -196,6 +198,31 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     rewrite(tmp_path, lambda found: found | {NORM: torch.full((32,), value)})
     with pytest.raises(RunError, match=NORM), skeleton_of(tmp_path).block(0):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux reads ahead on request, others do not")
+def test_the_bytes_of_a_block_are_what_the_system_is_to_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing more; behind the last block there is nothing to read."""
+    save_tiny(tmp_path, "llama", **PLAIN)
+    wanted = set()
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            if name.startswith("model.layers.1."):
+                tensor = file.get_tensor(name)
+                wanted.add(tensor.numel() * tensor.element_size())
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, advice: asked.append((start, size, advice)))
+    skeleton = skeleton_of(tmp_path)
+    skeleton.expect(len(skeleton.blocks))
+    assert not asked
+    skeleton.expect(1)
+    assert len(asked) == len(skeleton.block_parameters(1))
+    assert {size for _, size, _ in asked} == wanted
+    assert {advice for *_, advice in asked} == {os.POSIX_FADV_WILLNEED}
+    starts = {info.start: info.name for info in read_header(tmp_path / "model.safetensors")}
+    assert {starts[start] for start, *_ in asked} == set(skeleton.block_parameters(1))
 
 
 # --- activations ------------------------------------------------------------------------------------------------------

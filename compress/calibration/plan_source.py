@@ -9,8 +9,11 @@ import torch
 
 from compress.calibration.self_generated import generate
 from compress.calibration.sources import file_digest, is_file, texts
+from compress.calibration.tokenizer import load_tokenizer
 from compress.calibration.tokens import TokenSet, build
 from compress.errors import ModelError, PlanError
+from compress.export.adapter import CONFIG as ADAPTER_CONFIG
+from compress.hub import reason
 
 if TYPE_CHECKING:
     from compress.lock import Lock
@@ -24,18 +27,6 @@ def located(source: str, folder: Path) -> str:
     if path.is_dir():  # a dataset in a local directory
         return str(path)
     return str(path) if is_file(str(path)) and (path.exists() or is_file(source)) else source
-
-
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory. Raises ModelError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = "copy tokenizer.json and tokenizer_config.json of the model"
-        raise ModelError(f"no usable tokenizer: {reason}", where=str(directory), fix=fix) from None
 
 
 def source_digest(lock: Lock) -> str:
@@ -97,11 +88,21 @@ def _sampled(lock: Lock, tokenizer: Any, device: torch.device) -> TokenSet:
 
     settings = lock.plan.calibration
     assert settings is not None
+    if (lock.directory / ADAPTER_CONFIG).exists():  # with peft, transformers would load the base that it names instead
+        fix = "give the directory of a whole model, or another calibration source"
+        raise ModelError(f"holds {ADAPTER_CONFIG}, an adapter of another model", where=str(lock.directory), fix=fix)
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        lock.directory,
-        dtype=torch.float32 if device.type == "cpu" else "auto",
-        trust_remote_code=lock.plan.model.trust_remote_code,
-        local_files_only=True,
-    ).to(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            lock.directory,
+            dtype=torch.float32 if device.type == "cpu" else "auto",
+            trust_remote_code=lock.plan.model.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        problem = f"transformers cannot load it: {type(error).__name__}: {reason(error)}"
+        fix = "correct config.json and generation_config.json, or give a text as the source"
+        raise ModelError(problem, where=str(lock.directory), fix=fix) from None
+    model = model.to(device)
     return generate(model, tokenizer, samples=settings.samples, length=settings.length, seed=settings.seed)

@@ -27,7 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from compress.calibration.rows import check_regular, decode, json_rows, modest, parquet_rows, read, unreadable
 from compress.errors import PlanError, nearest
+from compress.limits import GIB, each_within
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +39,7 @@ Document: TypeAlias = str | list[dict[str, Any]]
 SEPARATOR = "\n\n"
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 COLUMNS = ("text", "messages")
-PARQUET_ROWS = 1024  # rows held at once; a row of web text is a few KiB
+HUB_MEMORY = 8 * GIB  # for reading the next row, the buffer of a shuffle included
 SHUFFLE_ROWS = 10_000  # rows held by a streamed shuffle: the default of datasets' own streaming guide
 
 _BLANK_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
@@ -113,7 +115,7 @@ class TextFile(Documents):
 
     def whole_text(self) -> str:
         """The content verbatim, without a byte order mark."""
-        text = _decode(_read(self.path), self.path)
+        text = decode(read(self.path), self.path)
         if not text.strip():
             raise _empty(self.where)
         return text
@@ -133,8 +135,11 @@ class FileRows(Documents):
 
     def __iter__(self) -> Iterator[Document]:
         """Yield one document per row."""
-        rows = _parquet_rows(self.path, self.column) if _suffix(self.path) == ".parquet" else json_rows(self.path)
-        return _documents(rows, self.column, self.where)
+        if _suffix(self.path) == ".parquet":
+            rows = parquet_rows(self.path, lambda names: _column(names, self.column, self.where))
+        else:
+            rows = json_rows(self.path)
+        return modest(_documents(rows, self.column, self.where), self.path)
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class HubRows(Documents):
             dataset = load_dataset(self.repository, self.name, split=self.split, streaming=True)
             if seed is not None:
                 dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-            rows = iter(dataset)
+            rows = each_within(dataset, HUB_MEMORY)
         except Exception as error:
             raise self._unreadable(error) from error
         number = 0
@@ -254,10 +259,11 @@ def paragraphs(text: str) -> Iterator[str]:
 def file_digest(path: str | Path) -> str:
     """The sha256 of a file's bytes, in hex. Raises PlanError where it cannot be read."""
     try:
+        check_regular(Path(path).expanduser())
         with Path(path).expanduser().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise _unreadable_file(Path(path), error) from error
+        raise unreadable(Path(path), error) from error
 
 
 def _suffix(path: Path) -> str:
@@ -325,73 +331,6 @@ def _checked(value: Any, where: str) -> Document:
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
-def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a .jsonl or .json file, with its place for messages. Raises PlanError where there is no JSON."""
-    if _suffix(path) == ".json":
-        text = _decode(_read(path), path)
-        if text.lstrip().startswith("["):
-            for number, row in enumerate(_parsed(text, str(path)), start=1):
-                yield f"{path}, item {number}", row
-            return
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = _decode(line, path, number)
-                if text.strip():
-                    yield f"{path}:{number}", _parsed(text, f"{path}:{number}")
-    except OSError as error:
-        raise _unreadable_file(path, error) from error
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        fix = "write one JSON object per line" if ":" in where else "write an array of objects"
-        raise PlanError(f"not JSON: {error}", where=where, fix=fix) from error
-
-
-def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
-    import pyarrow  # type: ignore[import-untyped]  # here, because only parquet needs it
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            chosen = _column(file.schema_arrow.names, column, str(path))
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[chosen]):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise PlanError(
-            f"cannot be read as parquet after {number} rows ({' '.join(str(error).split())})",
-            where=str(path),
-            fix="write or download it again",
-        ) from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable_file(path, error) from error
-
-
-def _decode(data: bytes, path: Path, line: int = 1) -> str:
-    """`data`, which starts at `line` of `path`, as text; a byte order mark is an encoding's signature, not text."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad = line + data.count(b"\n", 0, error.start)
-        raise PlanError(f"not UTF-8: {error.reason}", where=f"{path}:{bad}", fix="convert the file to UTF-8") from error
-
-
-def _unreadable_file(path: Path, error: OSError) -> PlanError:
-    reason = error.strerror or str(error)
-    return PlanError(f"cannot be read: {reason}", where=str(path), fix="correct the path or its permissions")
 
 
 def _empty(where: str) -> PlanError:

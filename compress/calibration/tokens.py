@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from compress.calibration.sources import SEPARATOR, Document, Documents, TextFile, paragraphs
+from compress.calibration.tokenizer import call, render
 from compress.errors import PlanError, RunError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def eval_stream(text: str, tokenizer: PreTrainedTokenizerBase, special_tokens: b
         ends = np.fromiter(accumulate(widths), np.int64, len(widths))
         ends = ends * total // max(1, sum(widths))
     else:
-        encoding = _call(tokenizer, text, special_tokens, return_offsets_mapping=True)
+        encoding = call(tokenizer, text, special_tokens, return_offsets_mapping=True)
         ids = encoding["input_ids"]
         offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # (tokens, 2) characters
         ends = _byte_positions(text)[np.maximum.accumulate(offsets[:, 1])]  # added tokens have the offset (0, 0)
@@ -229,15 +229,7 @@ def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]
             where=where,
             fix="name a column of plain text and leave chat_template false, or add chat_template.jinja to the model",
         )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise PlanError(
-            f"the chat template refuses a conversation of {len(messages)} messages ({roles[:200]}): {error}",
-            where=where,
-            fix="repair or remove such conversations, or name a column of plain text",
-        ) from error
+    return render(tokenizer, messages, where)
 
 
 def _first_tokens(
@@ -286,20 +278,7 @@ def _settled(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> list[int]:
-    return list(_call(tokenizer, text, special_tokens)["input_ids"])
-
-
-def _call(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool, **options: Any) -> Any:
-    # verbose=False: a text longer than model_max_length is meant here, and cut into windows afterwards.
-    return tokenizer(
-        text,
-        add_special_tokens=special_tokens,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-        **options,
-    )
+    return list(call(tokenizer, text, special_tokens)["input_ids"])
 
 
 def _too_little(settings: Calibration, found: str, where: str) -> PlanError:

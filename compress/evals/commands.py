@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from rich.table import Table
+from rich.text import Text
 
 from compress.errors import PlanError
 from compress.plan import Evaluate, Gate
@@ -72,13 +73,13 @@ def print_tasks(lines: tuple[TaskLine, ...], groups: dict[str, dict[str, float |
     table = _table("", *(["dense"] if compared else []), "value", "95 %")
     blank = [""] * (3 if compared else 2)
     for line in lines:
-        table.add_row(f"{line.task} ({line.samples:,})", *blank)
+        table.add_row(Text(f"{line.task} ({line.samples:,})"), *blank)
         for one in line.metrics:
             before = [_value(one.dense) if one.dense else "-"] if compared else []
-            table.add_row(f"  {one.metric}", *before, _value(one.compressed), _interval(one.compressed))
+            table.add_row(Text(f"  {one.metric}"), *before, _value(one.compressed), _interval(one.compressed))
     for name, metrics in groups.items():
         for metric, value in metrics.items():
-            table.add_row(f"group {name}, {metric}", *blank[2:], figure(value, "not finite"), "-")
+            table.add_row(Text(f"group {name}, {metric}"), *blank[2:], figure(value, "not finite"), "-")
     console.print(table)
     for line in lines:
         for warning in warnings_of(line):
@@ -256,10 +257,10 @@ def print_gate(result: GateResult, console: Console) -> None:
     """The comparisons as a table, and the verdict."""
     table = _table("", "verdict", "loss", "at most", "margin", "baseline", "value")
     for task in dict.fromkeys(one.task for one in result.comparisons):
-        table.add_row(task, *[""] * 6)
+        table.add_row(Text(task), *[""] * 6)  # a name is no markup
         for one in result.comparisons:
             if one.task == task:
-                table.add_row(f"  {one.metric}", one.verdict or "-", *cells(one))
+                table.add_row(Text(f"  {one.metric}"), one.verdict or "-", *cells(one))
     console.print(table)
     for line in remarks(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

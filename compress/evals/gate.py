@@ -175,7 +175,13 @@ def pair(task: str, found: Sequence[Sample], baseline: Sequence[Sample], name: s
     if not found:
         raise PlanError(f"{task} has no samples", where=name, fix="write the baseline again")
     keys = [sorted(samples, key=lambda one: (one.identity, one.loglikelihoods)) for samples in (baseline, found)]
-    return list(zip(*keys, strict=True))
+    pairs: list[Pair] = list(zip(*keys, strict=True))
+    for one, other in pairs:
+        if len(one.loglikelihoods) != len(other.loglikelihoods):
+            counts = f"{len(one.loglikelihoods)} log-likelihoods in the baseline, {len(other.loglikelihoods)} here"
+            problem = f"document {one.doc_id} of {task} has {counts}"
+            raise PlanError(problem, where=name, fix="write the baseline again")
+    return pairs
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
-from compress.calibration.plan_source import load_tokenizer
 from compress.calibration.sources import file_digest
+from compress.calibration.tokenizer import load_tokenizer
 from compress.errors import PlanError
 from compress.evals.outcomes import Outcomes, Sample, Task, prompts_hash
 from compress.evals.specs import load_tasks, read_specs

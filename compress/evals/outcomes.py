@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError
 from pydantic_core import from_json
 
+from compress.calibration.rows import read
+from compress.calibration.sources import file_digest
 from compress.errors import PlanError
 from compress.evals.results import Measured
+from compress.limits import GIB, within
+from compress.model_files import MAX_JSON
 from compress.report import replace_text
 from compress.settings import Settings
 
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SCHEMA_VERSION = 1
+MAX_SAMPLES = 20_000_000  # of all tasks; MMLU has 56,000 with its four choices
+READING, READING_MEMORY = 600.0, 8 * GIB  # seconds and bytes for the file of samples
 NO_BASELINE = "give a file that compress baseline wrote, or write it again"
 
 
@@ -132,27 +138,37 @@ class Outcomes(Settings):
         Raises:
             PlanError: a file is missing, damaged, of another kind or of a newer version.
         """
-        import pyarrow.parquet as parquet
-
         try:
-            content = from_json(path.read_bytes(), allow_inf_nan=False)
+            content = from_json(read(path, MAX_JSON), allow_inf_nan=False)
             version = content.get("schema_version") if isinstance(content, dict) else None
             if isinstance(version, int) and version > SCHEMA_VERSION:
                 raise ValueError(f"it has schema version {version}, and this compress reads up to {SCHEMA_VERSION}")
+            if (odd := _unprintable(content)) is not None:
+                raise ValueError(f"{odd!a} holds characters that cannot be printed")
             found = cls.model_validate(content)
             if found.samples_file is None or found.samples_file != Path(found.samples_file).name:
                 raise ValueError('"samples_file" names no file beside it')
             beside = path.parent / found.samples_file
-            if hashlib.sha256(beside.read_bytes()).hexdigest() != found.samples_sha256:
+            if file_digest(beside) != found.samples_sha256:
                 raise ValueError(f"{beside.name} is not the file that belongs to it")
-            return found.with_samples(_samples(parquet.read_table(beside)))
+            return found.with_samples(_read_samples(beside, found.tasks))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             key = ".".join(map(str, first["loc"])) or "the document"
             raise PlanError(f"{key}: {first['msg']}", where=str(path), fix=NO_BASELINE) from None
-        except (OSError, ValueError) as error:
-            reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        except PlanError as error:
+            raise PlanError(error.problem, where=error.where, fix=NO_BASELINE) from None
+        except Exception as error:  # pyarrow has an error of its own for each kind of damage
+            reason = (error.strerror if isinstance(error, OSError) else "") or str(error) or type(error).__name__
             raise PlanError(f"cannot be read: {reason}", where=str(path), fix=NO_BASELINE) from None
+
+
+def _unprintable(value: Any) -> str | None:
+    """A name or a text of a JSON document that a terminal would obey."""
+    if isinstance(value, str):
+        return None if value.isprintable() else value[:100]
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((odd for one in inner if (odd := _unprintable(one)) is not None), None)
 
 
 def prompts_hash(samples: Iterable[Sample]) -> str:
@@ -202,10 +218,29 @@ def _table(samples: dict[str, list[Sample]]) -> Any:
     return pa.Table.from_pylist(rows, schema=_schema())
 
 
+def _read_samples(path: Path, tasks: tuple[Task, ...]) -> dict[str, list[Sample]]:
+    """The samples of a file, which must be as many for each task as that says."""
+    import pyarrow.parquet as parquet
+
+    def read() -> dict[str, list[Sample]]:
+        rows, wanted = parquet.read_metadata(path).num_rows, sum(task.samples for task in tasks)
+        if rows < wanted or rows > MAX_SAMPLES:  # a task has a row for each sample and filter
+            raise ValueError(f"{path.name} has {rows:,} rows, for tasks of {wanted:,} samples")
+        return _samples(parquet.read_table(path))
+
+    found = within(read, seconds=READING, memory=READING_MEMORY)
+    absent = [task.name for task in tasks if task.name not in found]
+    if absent or len(found) > len(tasks):
+        raise ValueError(f"{path.name} has samples of other tasks than {', '.join(task.name for task in tasks)}")
+    return found
+
+
 def _samples(table: Any) -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = {}
     if not table.schema.equals(_schema()):
         raise ValueError("the columns of the samples are not the ones that are known")
+    if any(table[name].null_count for name in table.column_names if name != "gold"):
+        raise ValueError("a sample lacks a value")
     for row in table.to_pylist():
         sample = Sample(
             filter=row["filter"],
@@ -217,5 +252,9 @@ def _samples(table: Any) -> dict[str, list[Sample]]:
             gold=row["gold"],
             metrics={name: tuple(values) for name, values in row["metrics"]},
         )
+        if None in (*sample.loglikelihoods, *sample.greedy, *(n for m in sample.metrics.values() for n in m)):
+            raise ValueError("a sample lacks a value")
+        if sample.gold is not None and not 0 <= sample.gold < len(sample.loglikelihoods):
+            raise ValueError(f"of {len(sample.loglikelihoods)} choices none is number {sample.gold}")
         found.setdefault(row["task"], []).append(sample)
     return found

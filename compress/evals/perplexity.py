@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from compress.architecture import architecture_for
-from compress.calibration.plan_source import load_tokenizer, located
+from compress.calibration.plan_source import located
 from compress.calibration.sources import whole_text
+from compress.calibration.tokenizer import load_tokenizer
 from compress.calibration.tokens import eval_stream
 from compress.errors import PlanError
 from compress.evals.results import Divergence

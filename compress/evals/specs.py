@@ -46,7 +46,11 @@ def read_specs(texts: Iterable[str], folder: Path, where: str) -> list[Spec]:
     Raises:
         PlanError: an unknown form, a form without a file, a missing file, or two tasks of one name.
     """
-    specs = [spec for text in texts for spec in _read(text, folder, where)]
+    try:
+        specs = [spec for text in texts for spec in _read(text, folder, where)]
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        problem, fix = f"cannot be read: {error.strerror or error}", "correct the path or its permissions"
+        raise PlanError(problem, where=f"{where}: {error.filename}", fix=fix) from None
     for index, spec in enumerate(specs):
         for other in specs[:index]:
             if spec.name == other.name:

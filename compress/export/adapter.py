@@ -11,8 +11,9 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import Checkpoint, Shard, Slot, read_json
+from compress.checkpoint import Checkpoint, Shard, Slot
 from compress.errors import ModelError
+from compress.model_files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

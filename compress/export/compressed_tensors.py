@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from compress.export.bitstream import pack, unpack, words
-from compress.export.formats import CodesFormat, split_layers
+from compress.export.formats import CodesFormat, selects, split_layers
 from compress.grid import Grid, GridSpec
 
 if TYPE_CHECKING:
@@ -143,4 +143,4 @@ class CompressedTensors(CodesFormat):
 def _targets(targets: list[str], name: str) -> bool:
     """Whether targets name a linear: the class, a name or a regular expression, as the format spells them."""
     patterns = (target.removeprefix("re:") for target in targets if target.startswith("re:"))
-    return "Linear" in targets or name in targets or any(re.match(pattern, name) for pattern in patterns)
+    return "Linear" in targets or name in targets or any(selects(pattern, name) for pattern in patterns)

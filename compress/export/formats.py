@@ -8,6 +8,7 @@ from the lock alone, so the exact output size is, too.
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -220,6 +221,19 @@ class CodesFormat(PackedFormat):
     def grid(self, parts: Mapping[str, Tensor], spec: GridSpec) -> Grid:
         """The inverse of `part` for all suffixes together."""
         raise TypeError(f"{type(self).__name__} must say how it decodes")
+
+
+def selects(pattern: str, module: str) -> bool:
+    """Whether a regular expression of a ``quantization_config`` matches the name of a linear from its start on.
+
+    Raises:
+        ValueError: matching could take forever: a repeated group, more than two repetitions, a flag, great length.
+    """
+    bare = re.sub(r"\\.|\[[^\]]*\]", "_", pattern, flags=re.DOTALL)  # escapes and classes are single characters
+    endless = re.search(r"\)[*+?{]|\(\?[^:]", bare) or len(re.findall(r"[*+{]", bare)) > 2
+    if endless or len(pattern) > 1000 or len(module) > 1000:
+        raise ValueError(f"the pattern {pattern[:100]!r} could take forever to match")
+    return re.match(pattern, module) is not None
 
 
 def scale_dtype(linear: Linear, spec: GridSpec) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from compress import __version__
 from compress.export.bitstream import pack, unpack, words
-from compress.export.formats import CodesFormat, split_layers
+from compress.export.formats import CodesFormat, selects, split_layers
 from compress.grid import Grid, GridSpec
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class GPTQFormat(CodesFormat):
         """The grid that the configuration gives a linear."""
         found = {key: config[key] for key in ("bits", "group_size", "sym")}
         for pattern, other in (config.get("dynamic") or {}).items():
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+            if not pattern.startswith("-:") and selects(pattern.removeprefix("+:"), name):
                 found |= {key: value for key, value in other.items() if key in found}
         version = config.get("checkpoint_format") or config.get("format") or "gptq"
         if version != ("gptq" if found["sym"] else "gptq_v2"):

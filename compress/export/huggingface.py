@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.checkpoint import INDEX, is_inside, read_json, write_shard
+from compress.checkpoint import INDEX, write_shard
 from compress.errors import ModelError
 from compress.export.adapter import FOLDER as ADAPTER
 from compress.export.adapter import PREFIX, write_config
+from compress.model_files import is_inside, read_json
 from compress.passes.base import BlockPass, ModelPass
 from compress.state import kept_of, pack_bits
 from compress.structure import CutTensors

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from compress.architecture import architecture_for
-from compress.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_json, read_tensor
+from compress.checkpoint import DTYPE_NAMES, Checkpoint, TensorInfo, read_tensor
 from compress.errors import ModelError
 from compress.export.adapter import CONFIG, WEIGHTS, Branches
 from compress.export.adapter import FOLDER as ADAPTER
 from compress.export.formats import PackedFormat, Stored, known_formats
 from compress.hub import load_config
 from compress.kernels.pack import Layout
+from compress.model_files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +36,9 @@ def open_model(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any
     architecture = architecture_for(config.model_type)
     checkpoint = Checkpoint(directory)
     if quantization:
+        if not isinstance(quantization, dict):
+            fix = "give an output of compress"
+            raise ModelError('"quantization_config" is no object', where=str(directory / "config.json"), fix=fix)
         del config.quantization_config  # the skeleton is a plain model
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
         checkpoint = DecodedCheckpoint(directory, quantization, architecture, dtype)
@@ -73,7 +77,7 @@ class DecodedCheckpoint(Checkpoint):
         self.form = form = formats[method]
         try:
             wanted = form.modules(config)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise self._wrong("config.json", error) from None
         self.layouts: dict[str, Layout] = {}  # by module
         self._coded: dict[str, _Coded] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -349,6 +350,47 @@ def test_a_baseline_that_cannot_be_read(spoil: object, says: str, tmp_path: Path
         Outcomes.load(tmp_path / "b.json")
     assert says in str(caught.value)
     assert "fix: give a file that compress baseline wrote" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"loglikelihoods": (-1.0, None)}, "a sample lacks a value"),
+        ({"greedy": (None, True)}, "a sample lacks a value"),
+        ({"metrics": {"acc": (None,)}}, "a sample lacks a value"),
+        ({"gold": 2}, "of 2 choices none is number 2"),
+        ({"gold": -1}, "of 2 choices none is number -1"),
+        ({"loglikelihoods": (), "greedy": ()}, "of 0 choices none is number 0"),
+    ],
+)
+def test_a_sample_that_cannot_be(changes: dict[str, object], says: str, tmp_path: Path) -> None:
+    one, *others = rights(True, False, True)
+    outcomes(t=[replace(one, **changes), *others]).save(tmp_path / "b.json")
+    with pytest.raises(PlanError, match="cannot be read") as caught:
+        Outcomes.load(tmp_path / "b.json")
+    assert says in str(caught.value)
+
+
+def test_samples_that_belong_to_other_tasks(tmp_path: Path) -> None:
+    whole = outcomes(t=rights(True, False), u=rights(True))
+    for kept, says in ((("t",), "samples of other tasks than t"), (("t", "u", "v"), "has 3 rows, for tasks of")):
+        tasks = tuple(whole.tasks[0].model_copy(update={"name": name}) for name in kept)
+        whole.model_copy(update={"tasks": tasks}).with_samples(whole.samples).save(tmp_path / "b.json")
+        with pytest.raises(PlanError, match=says):
+            Outcomes.load(tmp_path / "b.json")
+
+
+def test_a_name_that_a_terminal_obeys(tmp_path: Path) -> None:
+    outcomes(**{"t\x1b[2J": rights(True)}).save(tmp_path / "b.json")
+    with pytest.raises(PlanError, match="holds characters that cannot be printed"):
+        Outcomes.load(tmp_path / "b.json")
+
+
+def test_samples_with_another_number_of_answers() -> None:
+    one, *others = rights(True, False, True)
+    found = outcomes(t=[replace(one, loglikelihoods=(-1.0, -2.0, -3.0), greedy=(False,) * 3), *others])
+    with pytest.raises(PlanError, match="document 0 of t has 2 log-likelihoods in the baseline, 3 here"):
+        gate(outcomes(t=rights(True, False, True)), found)
 
 
 def test_the_words_of_ci() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConf
 
 import compress
 from compress.architecture import architecture_for
-from compress.calibration.plan_source import load_tokenizer
+from compress.calibration.tokenizer import load_tokenizer
 from compress.calibration.tokens import eval_stream
 from compress.compiling import compile_plan
 from compress.errors import ModelError
