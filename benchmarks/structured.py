@@ -1,10 +1,11 @@
 """Structured pruning: what it costs in perplexity, and what it gains in speed with stock transformers.
 
-    python benchmarks/structured.py quality [--assets DIR] [--model NAME] [--only TEXT …] [--steps N]
+    python benchmarks/structured.py quality [--assets DIR] [--model NAME] [--only TEXT …] [--steps N] [--rate R]
     python benchmarks/structured.py speed [--threads 1] [--json benchmarks/results/structured-speed.json]
 
 quality: calibration, training and scoring as in repair.py. Each score in one shot, then with the same training (LoRA of
-rank 16, merged, on all linears) behind it; LoRAPrune prunes while it trains and has no step more.
+rank 16, merged, on all linears) behind it; LoRAPrune prunes while it trains and has no step more. "Heterogeneous": as
+many channels and heads in all, spread over the blocks by the run.
 
 speed: a Llama with random bfloat16 weights, cut by 25 % and 50 % of the parameters of its blocks. Greedy generation of
 one sequence through `AutoModelForCausalLM`, dense and cut in turn, each in a process of its own; the best round counts.
@@ -28,6 +29,7 @@ import torch
 from repair import SETUPS, measure
 
 from compress.passes import PERP, LoRAPrune, Pass, WidthPruning
+from compress.passes.structured import rounded
 
 HERE = Path(__file__).resolve().parent
 MULTIPLES = {"reference": 32, "stories260K": 4, "babyllama-tok105": 16}
@@ -50,26 +52,32 @@ score = "magnitude"
 """
 
 
-def rows(model: str, steps: int) -> dict[str, tuple[Pass, ...]]:
+def rows(model: str, steps: int, rate: float) -> dict[str, tuple[Pass, ...]]:
     """The plans, by name."""
-    training: dict[str, Any] = {"rank": 16, "steps": steps, "learning_rate": 3e-3, "distill": 0.5, "patience": 99}
+    training: dict[str, Any] = {"rank": 16, "steps": steps, "learning_rate": rate, "distill": 0.5, "patience": 99}
     recover = PERP(train=("low_rank",), variant="lora-prune", **training)
     found: dict[str, tuple[Pass, ...]] = {}
     for name, removed in REMOVED.items():
         removed = removed | {"multiple": MULTIPLES[model]}
+        inner = SETUPS[model].inner
+        left = rounded("channels", removed["channels"], inner, MULTIPLES[model])
+        spread = removed | {"channels": 1 - left / inner, "heterogeneous": True}
         shots = {score: WidthPruning(score=score, **removed) for score in SCORES}
         shots["wanda, refitted"] = WidthPruning(score="wanda", update=True, **removed)
+        shots |= {f"{score}, heterogeneous": WidthPruning(score=score, **spread) for score in ("wanda", "obs")}
         for score, one in shots.items():
             found[f"{name} {score}"] = (one,)
         for score, one in shots.items():
-            found[f"{name} {score}, trained"] = (one, recover)
-        found[f"{name} loraprune"] = (LoRAPrune(prune_every=5, **removed, **training),)
+            if not one.heterogeneous:  # rank 16 would not fit the smallest block that there may be
+                found[f"{name} {score}, trained"] = (one, recover)
+        for kind, some in (("loraprune", removed), ("loraprune, heterogeneous", spread)):
+            found[f"{name} {kind}"] = (LoRAPrune(prune_every=5, **some, **training),)
     return found
 
 
 def quality(arguments: argparse.Namespace) -> None:
     """Run the rows and print them."""
-    known = rows(arguments.model, arguments.steps)
+    known = rows(arguments.model, arguments.steps, arguments.rate)
     named = [[text] if text in known else [name for name in known if text in name] for text in arguments.only or [""]]
     chosen = [name for name in known if any(name in some for some in named)]
     print("| model | removed, score | parameters | dense | perplexity | KL to dense | seconds |")
@@ -182,6 +190,7 @@ def main() -> None:
     one.add_argument("--model", choices=sorted(SETUPS), default="reference")
     one.add_argument("--only", action="append", default=[], help="a row, or those whose names hold this; repeatable")
     one.add_argument("--steps", type=int, default=150)
+    one.add_argument("--rate", type=float, default=3e-3, help="the learning rate of all trainings")
     other = kinds.add_parser("speed")
     other.add_argument("--threads", type=int, default=1)
     other.add_argument("--tokens", type=int, default=24)

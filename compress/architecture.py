@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 FOLDER = Path(__file__).parent / "architectures"
+HETEROGENEOUS = "heterogeneous_"  # before the model type of models whose blocks have different widths
 
 
 def _number(config: object, attribute: str) -> int:
@@ -36,6 +37,16 @@ def _number(config: object, attribute: str) -> int:
             fix=f'set "{attribute}" in the model\'s config.json',
         )
     return value
+
+
+def is_heterogeneous(config: Any) -> bool:
+    """Whether each block of a model has widths of its own, by its configuration (see `compress.heterogeneous`)."""
+    return str(config.model_type).startswith(HETEROGENEOUS)
+
+
+def of_block(config: Any, block: int) -> Any:
+    """The configuration of one block."""
+    return config.per_layer_config[block] if is_heterogeneous(config) else config
 
 
 class Width(Settings):
@@ -153,6 +164,11 @@ class Architecture(Settings):
         """Every linear of a block, in the order in which the block runs them."""
         return tuple(linear for subset in self.subsets for linear in subset)
 
+    def block_settings(self, kind: type[Any]) -> set[str]:
+        """The settings in which blocks may differ, as config.json names them; `kind`: the configuration's class."""
+        native = getattr(kind, "attribute_map", {})
+        return {native.get(name, name) for width in self.widths for name in (width.units, *width.also)}
+
     @model_validator(mode="after")
     def _closed(self) -> Self:
         named = [*self.transposed, *self.hidden.reads, *self.hidden.writes]
@@ -204,9 +220,15 @@ def _families() -> dict[str, Architecture]:
     return families
 
 
+def known_model_types() -> list[str]:
+    """The model types of all families."""
+    return list(_families())
+
+
 def architecture_for(model_type: str) -> Architecture:
     """The family of a model whose configuration says `model_type`; ModelError for an unknown one."""
     families = _families()
+    model_type = model_type.removeprefix(HETEROGENEOUS)
     if model_type not in families:
         raise ModelError(
             f'unknown architecture "{model_type}"{nearest(model_type, families)}',

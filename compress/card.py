@@ -173,7 +173,10 @@ def _loading(report: Report) -> str:
         "compressed-tensors": "`transformers` with `compressed-tensors`",
         "packed": "`transformers` and `compress`",
     }
-    first = "import compress  # transformers then knows the format\n" if report.output.format == "packed" else ""
+    plain = "`transformers` and `compress`, because blocks have different widths"
+    plain = plain if report.output.heterogeneous else "plain `transformers`"
+    knows = "the format" if report.output.format == "packed" else "the model" if report.output.heterogeneous else ""
+    first = f"import compress  # transformers then knows {knows}\n" if knows else ""
     adapter = f"""
 
 Low-rank branches that make up for what was lost are beside the weights, as a PEFT adapter. Without it this is the model
@@ -186,7 +189,7 @@ model = PeftModel.from_pretrained(model, "{name}/adapter")
 ```"""
     return f"""## Use
 
-The directory loads with {needs.get(report.output.format, "plain `transformers`")}:
+The directory loads with {needs.get(report.output.format, plain)}:
 
 ```python
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -45,7 +45,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
                 "linears": len(linears),
                 "weights": sum(linear.weights for linear, _ in linears),
                 "overridden": sum(resolved.settings() != one.settings() for _, resolved in linears),
-                "left": asdict(stage.left) if stage.left and index == stage.stage[-1] else None,
+                "left": stage.left.shown() if stage.left and index == stage.stage[-1] else None,
             }
         )
     return {
@@ -59,7 +59,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
         },
         "passes": passes,
         "output_bytes": lock.output_bytes,
-        "output_bytes_exact": not lock.undecided,
+        "output_bytes_exact": not (lock.undecided or lock.spread),
         "files": [{"name": shard.file, "bytes": shard.bytes} for shard in lock.shards],
         "disk_bytes": disk_bytes(lock),
         "memory": {"device": str(heaviest.device), "peak_bytes": heaviest.peak, "phases": heaviest.memory},
@@ -92,9 +92,10 @@ def print_check(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     for one in found["passes"]:
         if one["left"]:
-            sizes = ", ".join(f"{name} {size}" for name, size in one["left"].items())
+            sizes = ", ".join(_size(name, size) for name, size in one["left"].items())
             console.print(f"left by {one['use']:<11}{sizes}", highlight=False, markup=False)
-    how = "exactly" if found["output_bytes_exact"] else "at most"
+    spread = any(isinstance(size, dict) for one in found["passes"] for size in (one["left"] or {}).values())
+    how = "exactly" if found["output_bytes_exact"] else "about" if spread else "at most"
     where = "in memory" if found["activations"] == "memory" else "on disk"
     for name, value in (
         ("output", f"{human_bytes(found['output_bytes'])} ({found['output_bytes']:,} bytes, {how})"),
@@ -108,6 +109,10 @@ def print_check(found: dict[str, Any], console: Console) -> None:
         console.print(f"{name:<19}{value}", highlight=False)
     for warning in found["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+
+
+def _size(name: str, size: int | dict[str, int]) -> str:
+    return f"{name} {size['total']} in all" if isinstance(size, dict) else f"{name} {size}"
 
 
 def print_evaluation(lines: tuple[EvaluationLine, ...], console: Console) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from compress.architecture import architecture_for
+from compress.architecture import architecture_for, is_heterogeneous, of_block
 from compress.checkpoint import Checkpoint
 from compress.errors import ModelError, PlanError
 from compress.export.formats import known_formats
@@ -17,7 +17,7 @@ from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
 from compress.lock import Linear, Lock, files_of
 from compress.passes.base import BlockPass, LinearPass, ModelPass, Pass, SettingError, matches
-from compress.passes.structured import Structured
+from compress.passes.structured import Narrowing, Structured
 from compress.rules import (
     check_calibration,
     check_format,
@@ -28,13 +28,14 @@ from compress.rules import (
     check_texts,
 )
 from compress.stream import Skeleton
-from compress.structure import Sizes, sketch
+from compress.structure import Sizes, sketch, width_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from compress.architecture import Architecture
+    from compress.export.formats import Format
     from compress.plan import Plan
 
 
@@ -86,6 +87,8 @@ def compile_stage(plan: Plan, stage: tuple[int, ...], before: Lock | None, direc
         where, fix = plan.source.where(("export", 0, "format")), "leave it out, or put a quantizer behind"
         raise PlanError("structured pruning at the end leaves plain weights", where=where, fix=fix)
     check_format(plan, linears, form)
+    if before:
+        _check_widths(plan, before, linears, form)
     shards = tuple(files_of(plan, skeleton, linears, form, left))
     lock = Lock(
         plan,
@@ -128,6 +131,10 @@ def _left(plan: Plan, stage: tuple[int, ...], architecture: Architecture, config
     if not isinstance(one, Structured):
         return None
     try:
+        if is_heterogeneous(config):
+            problem = "blocks have different widths already, and structured pruning makes them of one"
+            fix = "put it in front of the pass with heterogeneous = true" if stage[0] else "give the model from before"
+            raise SettingError(problem, fix)
         return one.left(Sizes.of(architecture, config), architecture, config)
     except SettingError as error:
         raise plan.refusal(stage[-1], error) from None
@@ -160,13 +167,18 @@ def _with_passes(linear: Linear, plan: Plan, stage: tuple[int, ...]) -> Linear:
         if not one.targets(linear.name):
             continue
         bare = one.for_linear(linear.name)
-        try:
-            bare.check_shape(linear.out_features, linear.in_features)
-        except SettingError as error:
-            where = plan.source.where(_to_blame(one, index, linear))
-            raise PlanError(f"{linear.name}: {error}", where=where, fix=error.fix) from None
+        _check_shape(plan, index, bare, linear)
         chosen.append((index, bare))
     return replace(linear, passes=tuple(chosen))
+
+
+def _check_shape(plan: Plan, index: int, bare: Pass, linear: Linear) -> None:
+    """That the settings of a pass for a linear, `bare`, fit its shape."""
+    try:
+        bare.check_shape(linear.out_features, linear.in_features)
+    except SettingError as error:
+        where = plan.source.where(_to_blame(plan.passes[index], index, linear))
+        raise PlanError(f"{linear.name}: {error}", where=where, fix=error.fix) from None
 
 
 def _with_block_passes(
@@ -183,7 +195,8 @@ def _with_block_passes(
             targets = [name for name, n in inside.items() if index in dict(linears[n].passes)]
             later = {name for name, n in inside.items() if any(i > index and p.grid() for i, p in linears[n].passes)}
             try:
-                taken = one.takes(skeleton.architecture, skeleton.config, targets, later) if targets else []
+                config = of_block(skeleton.config, block)
+                taken = one.takes(skeleton.architecture, config, targets, later) if targets else []
             except SettingError as error:
                 raise plan.refusal(index, error) from None
             for name, n in inside.items():
@@ -191,6 +204,34 @@ def _with_block_passes(
                 mine = {index: one.for_linear(linears[n].name)} if name in taken else {}
                 linears[n] = replace(linears[n], passes=tuple(sorted((others | mine).items())))
     return tuple(linears)
+
+
+def _check_widths(plan: Plan, before: Lock, linears: tuple[Linear, ...], form: Format) -> None:
+    """What the sketch cannot show: later settings must fit every width that a block may be left with.
+
+    Raises:
+        PlanError: they do not.
+    """
+    one = plan.passes[before.stage[-1]]
+    if before.left is None or not isinstance(one, Narrowing):
+        return
+    for name in before.left.different:
+        width, step = width_named(before.architecture, name), one.step(name)
+        left, most = before.left.total(name), before.sizes.at(name, 0) // step * step
+        rest = before.blocks - 1
+        possible = range(max(step, left - rest * most), min(most, left - rest * step) + 1, step)
+        whole = {linear.name: linear for linear in before.linears}
+        for linear in linears:
+            inside = linear.name.removeprefix(before.skeleton.prefix(linear.block))
+            if not linear.passes or inside not in (*width.rows, *width.columns):
+                continue
+            key = "in_features" if inside in width.columns else "out_features"
+            each = getattr(whole[linear.name], key) // before.sizes.at(name, linear.block)
+            others = [replace(linear, **{key: each * units}) for units in possible]
+            for other in others:
+                for index, bare in other.passes:
+                    _check_shape(plan, index, bare, other)
+            check_format(plan, others, form)
 
 
 def _to_blame(one: Pass, index: int, linear: Linear) -> tuple[str | int, ...]:
@@ -220,4 +261,6 @@ def _sweeps(plan: Plan, stage: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         if begins and sweeps[-1]:
             sweeps.append([])
         sweeps[-1].append(index)
+        if isinstance(one, BlockPass) and one.scores():
+            sweeps.append([index])
     return tuple(tuple(sweep) for sweep in sweeps if sweep)

@@ -113,7 +113,7 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     batch = _batch_tokens(lock)
     # Twice what is alive: what is freed in pieces smaller than the C library's threshold stays in its heap.
     forward = 2 * 4 * batch * (4 * skeleton.width + 3 * widest)
-    done = [linear for linear in lock.in_block(0) if linear.passes]
+    done = [linear for linear in _widest(lock) if linear.passes]
     # What the journal keeps of a block: that of the block before is written during the first forward, that of this one
     # is collected while it is solved, and shares the float32 weights of a float32 model.
     written = sum(sizes[f"{lin.name}.weight"] + lin.weights // 8 for lin in done)
@@ -171,7 +171,7 @@ def _training(lock: Lock, parameters: int) -> int:
         if one.barrier():
             tokens = length * getattr(one, "batch_size", 1)
             merged = isinstance(one, LoRAPrune)  # every linear has a branch while it trains, and masked inputs
-            beside = sum(n.out_features for n in lock.in_block(0) if n.rank or merged)  # what branches add to
+            beside = sum(n.out_features for n in _widest(lock) if n.rank or merged)  # what branches add to
             inside = 12 * width + 4 * inner + beside + merged * (inner + width)
             models = 2 if getattr(one, "distill", 0) or getattr(one, "hidden", 0) else 1
             teacher = (models - 1) * (_parameters(lock.root) if lock.before else parameters)
@@ -219,6 +219,11 @@ def _batch_tokens(lock: Lock) -> int:
     if calibration is None:
         return 0
     return max(batch_rows(calibration.samples, calibration.length, find_device(lock))) * calibration.length
+
+
+def _widest(lock: Lock) -> list[Linear]:
+    """The linears of the block that has most weights."""
+    return max((lock.in_block(block) for block in range(lock.blocks)), key=lambda some: sum(n.weights for n in some))
 
 
 def _statistics(lock: Lock, linear: Linear) -> Statistics:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
+from compress.architecture import is_heterogeneous, of_block
 from compress.checkpoint import MASKS, Checkpoint, Shard, Slot, index_text, lay_out
 from compress.export.adapter import adapter_shard
 from compress.export.scales import scale_shards, set_passes
 from compress.grid import Grid
 from compress.passes.base import BlockPass, Invariant, LinearPass, Pass, Statistics
 from compress.state import kept_low_rank
-from compress.structure import Sizes, slots_after
+from compress.structure import Sizes, found_sizes, slots_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -136,11 +137,20 @@ class Lock:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know before the run."""
-        return (*(self.before.warnings if self.before else _warnings(self.plan, self.skeleton)), *self._form_warnings)
+        earlier = self.before.warnings if self.before else _warnings(self.plan, self.skeleton)
+        return (*earlier, *self._form_warnings, *self._width_warnings)
 
     @property
     def _form_warnings(self) -> tuple[str, ...]:
         return tuple(self.form.warnings(self)) if self.ends else ()
+
+    @property
+    def _width_warnings(self) -> tuple[str, ...]:
+        if not (self.ends and self.heterogeneous):
+            return ()
+        text = "blocks will have different widths: compress.load reads the result, and transformers after import "
+        text += f"compress; stock transformers, GPTQModel and vLLM do not, their {self.architecture.model_types[0]} "
+        return (f"{text}has one width for all blocks",)
 
     @property
     def index(self) -> str | None:
@@ -206,7 +216,9 @@ class Lock:
         """The statistics that a sweep needs of a linear's input."""
         name = linear.name.removeprefix(self.skeleton.prefix(linear.block))
         needed = [
-            p.needed_of(name, self.architecture, self.config) if isinstance(p, BlockPass) else p.needed()
+            p.needed_of(name, self.architecture, of_block(self.config, linear.block))
+            if isinstance(p, BlockPass)
+            else p.needed()
             for _, p in self.passes(linear, sweep)
             if isinstance(p, (LinearPass, BlockPass)) and not p.barrier()
         ]
@@ -224,10 +236,13 @@ class Lock:
         return None if self.form.branches else adapter_shard(self.linears)
 
     def settled(self, kept: Callable[[int], Mapping[str, Tensor]]) -> Lock:
-        """The lock with the grids and ranks that a run has found, where passes choose them under a budget or from data.
+        """The lock with the grids, ranks and widths that a run has found, where passes choose them from data.
 
         `kept` reads what the journal keeps of a block in the end.
         """
+        if self.left and not self.left.alike:
+            left = found_sizes(self, kept)
+            return replace(self, left=left, shards=tuple(files_of(self.plan, self.skeleton, (), self.form, left)))
         provided = {one for index in self.stage for one in self.plan.passes[index].provides()}
         if self.left or not {Invariant.GRID, Invariant.LOW_RANK} & provided:
             return self
@@ -245,6 +260,16 @@ class Lock:
     def undecided(self) -> bool:
         """Whether a run chooses ranks or bits under a budget: then sizes are the largest there may be."""
         return any(getattr(self.plan.passes[index], "budget", None) is not None for index in self.stage)
+
+    @property
+    def spread(self) -> bool:
+        """Whether a run chooses how blocks differ in width: the number of parameters is exact, headers may differ."""
+        return any(one.left is not None and not one.left.alike for one in self.stages)
+
+    @property
+    def heterogeneous(self) -> bool:
+        """Whether blocks of what is left have different widths."""
+        return self.spread or is_heterogeneous(self.config)
 
     def canonical(self) -> dict[str, Any]:
         """The settings of the plan that make the result of this stage."""
@@ -282,7 +307,7 @@ class Lock:
             "files": [{"name": shard.file, "bytes": shard.bytes, "tensors": len(shard.slots)} for shard in self.shards],
             "scale_sets": [{"name": name, "bytes": shard.bytes} for name, shard in self.scale_sets.items()],
             "output_bytes": self.output_bytes,
-        } | ({"left": asdict(self.left)} if self.left else {})
+        } | ({"left": self.left.shown()} if self.left else {})
 
     def digest(self) -> str:
         """SHA-256 of the lock."""

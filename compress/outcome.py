@@ -161,6 +161,7 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors | Cut
             linear_sparsity=sparsity,
             format=lock.form.name,
             adapter=lock.adapter is not None,
+            heterogeneous=lock.heterogeneous,
             linear_bits=_linear_bits(lock),
         ),
         environment=environment(run.mode.device),

@@ -50,6 +50,7 @@ class OutputInfo(Settings):  # what was written; path is the directory's name on
     linear_sparsity: float
     format: str = "huggingface"  # as in [[export]]
     adapter: bool = False  # whether there are low-rank branches beside the weights
+    heterogeneous: bool = False  # whether blocks have different widths
     linear_bits: float | None = None  # stored per weight of the block linears: codes, scales, zero-points, masks
 
 

@@ -10,16 +10,17 @@ import json
 import re
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.architecture import HETEROGENEOUS, is_heterogeneous, of_block
 from compress.checkpoint import INDEX, Slot, index_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -29,24 +30,61 @@ if TYPE_CHECKING:
     from compress.lock import Linear, Lock
     from compress.stream import Skeleton
 
+KEY = "per_layer_config"  # in config.json: transformers' name for what differs between blocks
 PER_LAYER = ("layer_types",)  # lists in config.json with an entry for each block
+UNITS = ("heads", "channels")  # what blocks may have different numbers of
+Units = int | tuple[int, ...]  # of every block, or block by block where they differ
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The widths of a model, the same in every block, and its depth."""
+    """The widths of a model and its depth."""
 
-    heads: int  # attention heads; with grouped queries, KV heads with their query heads
-    channels: int  # of each MLP
+    heads: Units  # attention heads; with grouped queries, KV heads with their query heads
+    channels: Units  # of each MLP
     hidden: int  # of the residual stream
     blocks: int
 
     @classmethod
     def of(cls, architecture: Architecture, config: Any) -> Sizes:
         """Those of a model, by its configuration."""
-        units = {width.name: width.count(config) for width in architecture.widths}
-        hidden = int(getattr(config, architecture.hidden.size))
-        return cls(units["heads"], units["channels"], hidden, int(config.num_hidden_layers))
+        hidden, blocks = int(getattr(config, architecture.hidden.size)), int(config.num_hidden_layers)
+        units: dict[str, Units] = {}
+        for width in architecture.widths:
+            if is_heterogeneous(config):
+                units[width.name] = alike_or_not([width.count(of_block(config, block)) for block in range(blocks)])
+            else:
+                units[width.name] = width.count(config)
+        return cls(units["heads"], units["channels"], hidden, blocks)
+
+    @property
+    def different(self) -> tuple[str, ...]:
+        """The widths that differ between blocks."""
+        return tuple(name for name in UNITS if not isinstance(getattr(self, name), int))
+
+    @property
+    def alike(self) -> bool:
+        """Whether all blocks have the same widths."""
+        return not self.different
+
+    def at(self, name: str, block: int) -> int:
+        """How many heads or channels a block has."""
+        units: Units = getattr(self, name)
+        return units if isinstance(units, int) else units[block]
+
+    def total(self, name: str) -> int:
+        """How many heads or channels all blocks have together."""
+        return sum(self.at(name, block) for block in range(self.blocks))
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON has it; of a width that differs between blocks what is known before the run: the total."""
+        sizes = {name: getattr(self, name) for name in (*UNITS, "hidden", "blocks")}
+        return {name: size if isinstance(size, int) else {"total": sum(size)} for name, size in sizes.items()}
+
+
+def alike_or_not(units: Sequence[int]) -> Units:
+    """One number where all blocks have the same."""
+    return units[0] if len(set(units)) == 1 else tuple(units)
 
 
 def head_size(architecture: Architecture, config: Any) -> int:
@@ -191,11 +229,13 @@ def renamed(skeleton: Skeleton, blocks: list[int]) -> Iterator[tuple[str, str, s
 
 def slots_after(skeleton: Skeleton, before: Sizes, after: Sizes, stored_order: list[str]) -> list[Slot]:
     """What the smaller model's files hold, in order."""
-    first = {name: torch.arange(getattr(after, name)) for name in ("heads", "channels")}
-    units = {name: index for name, index in first.items() if len(index) < getattr(before, name)}
     hidden = torch.arange(after.hidden) if after.hidden < before.hidden else None
     blocks = list(range(after.blocks))
-    cut = Cutter(skeleton, Kept(blocks, dict.fromkeys(blocks, units) if units else {}, hidden))
+    units = {
+        block: {name: torch.arange(n) for name in UNITS if (n := after.at(name, block)) < before.at(name, block)}
+        for block in blocks
+    }
+    cut = Cutter(skeleton, Kept(blocks, units, hidden))
     new = {stored: (name, renamed) for name, stored, renamed in renamed(skeleton, blocks)}
     slots = []
     for stored in stored_order:
@@ -210,7 +250,9 @@ def slots_after(skeleton: Skeleton, before: Sizes, after: Sizes, stored_order: l
 
 
 def config_values(architecture: Architecture, config: Any, before: Sizes, after: Sizes) -> dict[str, Any]:
-    """The entries of config.json that other widths and another depth change."""
+    """The entries of config.json that other widths, the same in all blocks, and another depth change."""
+    assert isinstance(before.heads, int)
+    assert isinstance(after.heads, int)
     values: dict[str, Any] = {}
     heads, channels = width_named(architecture, "heads"), width_named(architecture, "channels")
     if (after.heads, after.hidden) != (before.heads, before.hidden):
@@ -233,12 +275,32 @@ def smaller_config(skeleton: Skeleton, after: Sizes, blocks: list[int]) -> dict[
     """config.json of the smaller model; `blocks`: the old ones that stay."""
     architecture, config = skeleton.architecture, skeleton.config
     before = Sizes.of(architecture, config)
-    raw = skeleton.config_json | config_values(architecture, config, before, after)
+    everywhere = replace(after, **{name: getattr(before, name) for name in after.different})
+    raw = skeleton.config_json | config_values(architecture, config, before, everywhere)
+    if not after.alike:
+        raw = _per_layer(skeleton, raw, after)
     for name in PER_LAYER if after.blocks != before.blocks else ():
         values = getattr(config, name, None)
         if isinstance(values, (list, tuple)) and len(values) == before.blocks:
             raw[name] = [values[block] for block in blocks]
     return raw
+
+
+def _per_layer(skeleton: Skeleton, raw: dict[str, Any], after: Sizes) -> dict[str, Any]:
+    """`raw`, and for each block in what it differs: it may have another number of these units."""
+    architecture, config = skeleton.architecture, skeleton.config
+    before, own = Sizes.of(architecture, config), architecture.block_settings(type(config))
+    layers, digits = {}, len(str(after.blocks - 1))  # as transformers writes them: they stand in order
+    size = width_named(architecture, "heads").unit_size
+    for block in range(after.blocks):
+        mine = replace(before, **{name: after.at(name, block) for name in after.different})
+        values = config_values(architecture, config, before, mine)
+        if size in values:  # the size of a head does not follow from their number any more
+            raw = raw | {size: values[size]}
+        layers[str(block).zfill(digits)] = {n: v for n, v in values.items() if n in own and v != raw.get(n)}
+    names = [f"Heterogeneous{name}" for name in raw.get("architectures") or []]
+    model_type = {"model_type": HETEROGENEOUS + config.model_type, "architectures": names}
+    return raw | model_type | {KEY: {block: values for block, values in layers.items() if values}}
 
 
 def found_kept(lock: Lock, block_state: Callable[[int], dict[str, Tensor]]) -> Kept:
@@ -269,6 +331,16 @@ def found_kept(lock: Lock, block_state: Callable[[int], dict[str, Tensor]]) -> K
         if kept.gains:
             kept.gains[last] = list(kept.gains.values())[-1]
     return kept
+
+
+def found_sizes(lock: Lock, block_state: Callable[[int], Mapping[str, Tensor]]) -> Sizes:
+    """The sizes that a run has left, where only the run could tell how they differ between blocks."""
+    assert lock.left is not None
+    found: dict[str, Any] = {}
+    for name in lock.left.different:
+        keys = [f"{lock.skeleton.prefix(block)}{name}:kept" for block in range(lock.blocks)]
+        found[name] = tuple(len(block_state(block)[key]) for block, key in enumerate(keys))
+    return replace(lock.left, **found)
 
 
 def _hidden_kept(lock: Lock, score: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from compress.architecture import of_block
 from compress.calibration.collect import BlockStatistics
 from compress.calibration.moments import Moments, Statistics
 from compress.checkpoint import DTYPES, Shard, lay_out, slots_of, write_shard
@@ -23,6 +24,7 @@ from compress.passes.base import BlockPass, BlockState, Note, Pass, SettingError
 from compress.reconstruct import BlockForward
 from compress.redo import mend
 from compress.report import BlockLine, LedgerLine
+from compress.spread import spread_of
 from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
 from compress.walk import Walk
 
@@ -42,6 +44,7 @@ class Sweep:
         self.run, self.number = run, number
         self.lock, self.work, self.mode, self.skeleton = run.lock, run.work, run.mode, run.skeleton
         self.surveyed: Surveyed = {}
+        self.spread: list[dict[str, int]] | None = None  # block by block, what a pass keeps once it has scored them
         self.flows = Flows(self)
 
     def carry_out(self) -> None:
@@ -58,6 +61,7 @@ class Sweep:
         names = [lock.plan.passes[index].use() for index in lock.sweeps[self.number]]
         self.run.progress.sweep(self.number, len(lock.sweeps), first, names)
         self.surveyed = self.survey()
+        self.spread = spread_of(lock, self.number, self.run.kept)
         self.run.world.announce(self.number)
         self.run.world.together = True
         flow = self.flows.first(entries) if needed else None
@@ -214,7 +218,7 @@ class Sweep:
         weights = {f"{name}.weight" for name in linears}
         block = BlockState(
             architecture=lock.architecture,
-            config=lock.config,
+            config=of_block(lock.config, index),
             linears=states,
             moments={name: statistics.beforehand(linear) for name, linear in linears.items()},
             parameters={
@@ -222,6 +226,7 @@ class Sweep:
             },
             followers={name: _quantizer(linear, number) for name, linear in linears.items()},
             forward=BlockForward(self, index, module, flow) if one.learns() and flow else None,
+            spread=self.spread[index] if self.spread else None,
         )
         untouched, masks = dict(block.parameters), {name: state.mask for name, state in states.items()}
         began = time.perf_counter()
@@ -252,7 +257,7 @@ class Sweep:
         statistics.changed(block)
         if block.forward is not None:
             block.forward.store.forget()
-        return lines
+        return [] if one.scores() and self.spread is None else lines  # of a look that changes nothing
 
     def _compress(self, linear: Linear, state: LinearState, moments: Moments) -> list[LedgerLine]:
         """Apply the sweep's passes to one linear, check what they promise and note what they did."""

@@ -143,6 +143,17 @@ def test_processes_take_part_in_all_stages(tmp_path: Path) -> None:
     assert left == ["alone", "alone.toml", "model", "several", "several.toml", "text.jsonl", "text.txt"]
 
 
+@pytest.mark.slow
+def test_several_processes_spread_what_blocks_keep_as_one_does(tmp_path: Path) -> None:
+    """The scores of one sweep decide for all processes of the next."""
+    source(tmp_path)
+    width = '[[pass]]\nuse = "width"\nchannels = 0.4\nmultiple = 4\nheterogeneous = true\n'
+    for output, processes in (("alone", 1), ("several", 2)):
+        status, _, err = run(tmp_path, output, processes, width + WANDA, head=HEAD)
+        assert status == 0, err
+    compare(tmp_path / "alone", tmp_path / "several")
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_train_what_one_trains(processes: int, tmp_path: Path) -> None:
     source(tmp_path)

@@ -270,6 +270,7 @@ class BlockState:
     parameters: dict[str, torch.Tensor]
     followers: dict[str, Pass | None]  # the pass that will quantize the linear
     forward: BlockForward | None = None  # runs the block, for a pass that learns
+    spread: dict[str, int] | None = None  # how many units it keeps, once a sweep has scored those of all blocks
     found: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -285,6 +286,14 @@ class BlockPass(Pass):
     def needed_of(self, linear: str, architecture: Architecture, config: Any) -> Statistics:
         """The statistics that it needs of the input of one linear that it takes, by its name in the block."""
         return self.needed()
+
+    def scores(self) -> bool:
+        """Whether it walks over the blocks twice: first it only scores units, into ``found["channels:score"]``.
+
+        What all blocks are to keep together is spread by these scores (`compress.spread`), and `BlockState.spread` says
+        so the second time.
+        """
+        return False
 
     def takes(self, architecture: Architecture, config: Any, targets: list[str], quantized: set[str]) -> list[str]:
         """Which linears of a block it works on, by names in the block. Raises SettingError.

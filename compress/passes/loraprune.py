@@ -8,7 +8,8 @@ While B A learns beside a frozen W, with ``y = W x + s B A x``, one step of the 
 entry is ``(Ĝ ⊙ (W + s B A))²`` (equation 6), that of a unit the sum over its rows and columns in all linears that it
 goes through, and a moving average over the steps, ``Ī ← λ Ī + (1 − λ) I`` (equation 10), ranks the units of a block.
 They are masked little by little, by a cubic schedule that ends at the target; in the end they are removed, and B A is
-merged.
+merged. Where blocks may differ (``heterogeneous = true``), the units of all blocks are ranked together, by their shares
+of what the units of their block that are left have (`compress.spread`).
 
 Gradients are read as the backward leaves them, unclipped. A unit that was masked stays so: its gradient is zero.
 """
@@ -25,6 +26,7 @@ from compress.distributed import whole
 from compress.end_to_end import Loss, train_whole
 from compress.passes.base import ModelPass, Note, SettingError
 from compress.passes.structured import Narrowing
+from compress.spread import shares, spread
 from compress.training import Training
 
 if TYPE_CHECKING:
@@ -102,19 +104,22 @@ class LoRAPrune(Training, Narrowing, ModelPass):
         lock = model.lock
         sizes = lock.sizes
         after = self.left(sizes, lock.architecture, lock.config)
-        groups = [
-            Group(model, modules, block, width, getattr(sizes, width.name), getattr(after, width.name))
-            for block in range(lock.blocks)
-            for width in lock.architecture.widths
-            if getattr(after, width.name) < getattr(sizes, width.name)
-        ]
-        masking = Masking(self, groups)
+        contests = []
+        for width in lock.architecture.widths:
+            if after.total(width.name) == sizes.total(width.name):
+                continue
+            rivals = [Group(model, modules, block, width, sizes.at(width.name, block)) for block in range(lock.blocks)]
+            if width.name in after.different:
+                contests.append(Contest(rivals, after.total(width.name), self.step(width.name)))
+            else:
+                contests += [Contest([group], after.at(width.name, group.block), 1) for group in rivals]
+        masking = Masking(self, contests)
         trained, numbers = train_whole(
             model, modules, {}, self, Loss(self.distill, self.temperature), model.tokens, masking
         )
         detail = f"{trained:,} trained, loss {numbers['first']:.4f} to {numbers['best']:.4f}"
         notes: dict[str, Note] = {name: {"detail": detail} for name in modules}
-        for group in groups:
+        for group in masking.groups:
             kept = group.alive.nonzero().flatten().cpu()
             model.found.setdefault(group.block, {})[f"{group.width.name}:kept"] = kept
             state = model.states[group.reader]
@@ -144,11 +149,11 @@ class Group:
     """The units of one width of one block: which are alive, and how important they have been."""
 
     def __init__(
-        self, model: WholeModel, modules: dict[str, AdaptedLinear], block: int, width: Width, units: int, left: int
+        self, model: WholeModel, modules: dict[str, AdaptedLinear], block: int, width: Width, units: int
     ) -> None:
-        """`left` of `units` are to stay."""
+        """`units`: how many there are."""
         prefix, config = model.lock.skeleton.prefix(block), model.lock.config
-        self.block, self.width, self.left = block, width, left
+        self.block, self.width = block, width
         self.name, self.reader = f"{prefix}{width.name}", prefix + width.columns[0]
         reader = modules[self.reader]
         columns = width.unit_columns(units, reader.weight.shape[1])
@@ -176,6 +181,12 @@ class Group:
             total += found / found.norm().clamp_min(1e-30) if normalize else found
         return total
 
+    def comparable(self) -> Tensor:
+        """(units,) averages as other blocks have them; of what is masked, none."""
+        scores = torch.full((len(self.alive),), -torch.inf, dtype=torch.float64)
+        scores[self.alive] = shares(self.average[self.alive])
+        return scores
+
     def drop(self, count: int) -> None:
         """Have `count` units masked, the least important first; those that are masked stay so."""
         more = count - int((~self.alive).sum())
@@ -202,23 +213,49 @@ def importance_of(module: AdaptedLinear) -> Tensor:
     return direction.mul_(weight).square_()
 
 
+class Contest:
+    """Units of which a number is to stay: those of one block, or of all blocks together."""
+
+    def __init__(self, groups: list[Group], left: int, step: int) -> None:
+        """`left` units of all `groups` are to stay, in each a multiple of `step`."""
+        self.groups, self.left, self.step = groups, left, step
+
+    @property
+    def decided(self) -> bool:
+        """Whether no more than these are left."""
+        return sum(int(group.alive.sum()) for group in self.groups) <= self.left
+
+    def mask(self, share: float) -> None:
+        """Have a share of those that are to go masked, the least important first."""
+        if not share:
+            return
+        most = sum(len(group.alive) // self.step for group in self.groups)
+        left = most - round(share * (most - self.left // self.step))
+        counts = spread([group.comparable() for group in self.groups], left * self.step, self.step)
+        for group, count in zip(self.groups, counts, strict=True):
+            group.drop(len(group.alive) - count)
+
+
 class Masking:
     """Takes part in the training: averages importance after each backward, and masks by schedule."""
 
-    def __init__(self, settings: LoRAPrune, groups: list[Group]) -> None:
-        """`groups`: all units that compete, block by block."""
-        self.settings, self.groups = settings, groups
+    def __init__(self, settings: LoRAPrune, contests: list[Contest]) -> None:
+        """`contests`: all units that may go."""
+        self.settings, self.contests = settings, contests
+        self.groups = [group for contest in contests for group in contest.groups]
 
     @torch.no_grad()
     def observe(self, step: int) -> None:
         """See the gradients of a step; what is masked now counts from the next."""
         one = self.settings
         share = one.share_masked(step + 1)
-        for group in self.groups:
-            if share < 1.0 or int(group.alive.sum()) > group.left:
+        for contest in self.contests:
+            if share == 1.0 and contest.decided:
+                continue
+            for group in contest.groups:
                 found = group.importance(normalize=one.normalize)
                 group.average = one.average * group.average + (1 - one.average) * found
-                group.drop(round(share * (len(group.alive) - group.left)))
+            contest.mask(share)
 
     def settled(self, steps: int) -> bool:
         """Once all are masked."""

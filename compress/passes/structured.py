@@ -1,7 +1,8 @@
 """What passes of structured pruning have in common: they leave a smaller model, and end a stage of the plan.
 
 How much is left is known before a weight is read; a ratio that leaves nothing, or that no multiple meets, is refused
-then. Every block keeps equally much, so that stock transformers loads the result.
+then. Every block keeps equally much, so that stock transformers loads the result; with ``heterogeneous = true`` all
+blocks together keep so much, and only the run finds out how it is spread over them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from compress.passes.base import Invariant, Pass, SettingError
-from compress.structure import Sizes, config_values, head_size, width_named
+from compress.structure import Sizes, Units, alike_or_not, config_values, head_size, width_named
 
 if TYPE_CHECKING:
     from compress.architecture import Architecture
@@ -31,7 +32,7 @@ class Structured(Pass):
         """What the configured pass leaves of a model of these sizes. Raises SettingError."""
 
     def check_lock(self, lock: Any, index: int) -> None:
-        """Every block keeps equally much, so there is nothing to match."""
+        """All blocks are pruned by one setting, so there is nothing to match."""
         for key in ("match", "except_", "where"):
             if key in self.model_fields_set:
                 name = key.rstrip("_")
@@ -47,12 +48,25 @@ class Narrowing(Structured):
     )
     channels: float = Field(default=0.0, ge=0, lt=1, description="fraction of MLP channels to remove")
     multiple: int = Field(default=64, ge=1, description="channels that are left are a multiple of this, the nearest")
+    heterogeneous: bool = Field(
+        default=False,
+        description="remove these fractions of the whole model, and of each block what matters least: only "
+        "compress.load loads the result",
+    )
+
+    def step(self, name: str) -> int:
+        """What the number of heads or channels that a block keeps is a multiple of."""
+        return self.multiple if name == "channels" else 1
 
     def narrowed(self, sizes: Sizes, architecture: Architecture, config: Any) -> Sizes:
-        """Heads and channels that are left, rounded to what can be. Raises SettingError."""
+        """Heads and channels that are left, rounded to what can be; where blocks will differ, an example.
+
+        Raises:
+            SettingError: the fractions leave nothing, or all, or no loader takes the number of heads.
+        """
         after = sizes
         if self.channels:
-            after = replace(after, channels=rounded("channels", self.channels, sizes.channels, self.multiple))
+            after = replace(after, channels=self._left("channels", self.channels, sizes))
         if self.heads:
             if width_named(architecture, "heads").unit_size is None:
                 problem = (
@@ -60,11 +74,23 @@ class Narrowing(Structured):
                 )
                 fix = "give hidden instead" if "hidden" in type(self).model_fields else 'use = "width" with hidden'
                 raise SettingError(problem, f"{fix}, which takes heads along", ("heads",))
-            after = replace(after, heads=rounded("heads", self.heads, sizes.heads, 1))
+            after = replace(after, heads=self._left("heads", self.heads, sizes))
         return after
 
+    def _left(self, name: str, fraction: float, sizes: Sizes) -> Units:
+        size = sizes.at(name, 0)
+        if not self.heterogeneous:
+            return rounded(name, fraction, size, self.step(name))
+        return example(name, fraction, size, sizes.blocks, self.step(name))
+
     def check_heads(self, sizes: Sizes, after: Sizes, architecture: Architecture, config: Any) -> None:
-        """Refuse a number of heads that the model's configuration refuses. Raises SettingError."""
+        """Refuse a number of heads that the model's configuration refuses. Raises SettingError.
+
+        Of heads that differ between blocks it says nothing: then config.json keeps the number of all, beside theirs.
+        """
+        after = replace(after, **{name: getattr(sizes, name) for name in after.different})
+        assert isinstance(sizes.heads, int)
+        assert isinstance(after.heads, int)
         if not refuses(architecture, config, sizes, after):
             return
         key = "heads" if after.heads < sizes.heads else "hidden"
@@ -114,6 +140,37 @@ def rounded(key: str, fraction: float, size: int, multiple: int, unit: int = 1) 
             ", or choose a smaller multiple" if multiple > unit else ""
         )
     raise SettingError(problem, fix, (key,))
+
+
+def example(name: str, fraction: float, size: int, blocks: int, multiple: int) -> Units:
+    """What blocks of `size` units may keep so that all together keep ``1 − fraction`` of them, and each a multiple.
+
+    How the run will spread them nobody knows; the total is what it will be. One block has as few as there may be, one a
+    multiple more, and one as many as there then may be: so estimates and checks see a small one and a large one.
+
+    Raises:
+        SettingError: a block would have nothing, or all blocks all.
+    """
+    least, most = blocks, blocks * (size // multiple)
+    wanted = blocks * size * (1 - fraction)
+    total = math.floor(wanted / multiple + 0.5)
+    if not least <= total <= most or total * multiple == blocks * size:
+        of = f" in multiples of {multiple}" if multiple > 1 else ""
+        problem = f"{name} = {fraction:g} of {blocks} blocks of {size} leaves {max(total, 0) * multiple}{of}"
+        if not most:
+            raise SettingError(problem, f"choose a smaller multiple: none of {multiple} is below {size}", (name,))
+        nearest = min(max(total, least), most if most * multiple < blocks * size else most - 1)
+        if nearest < least:
+            raise SettingError(problem, f"choose a smaller multiple, or leave {name} out", (name,))
+        fix = f"{name} = {1 - nearest * multiple / (blocks * size):.6g} leaves {nearest * multiple}"
+        raise SettingError(problem, f"{fix}; every block keeps at least {multiple}", (name,))
+    most //= blocks
+    spread: dict[int, int] = {}
+    for block in dict.fromkeys((0, min(1, blocks - 1), blocks - 1, *range(blocks))):
+        left, others = total - sum(spread.values()), blocks - len(spread) - 1
+        wish = {0: 1, 1: spread.get(0, 0) + 1, blocks - 1: most}.get(block, -(-left // (others + 1)))
+        spread[block] = max(1, left - others * most, min(wish, most, left - others))
+    return alike_or_not([spread[block] * multiple for block in range(blocks)])
 
 
 def coupled_heads(architecture: Architecture, config: Any) -> int | None:

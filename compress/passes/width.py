@@ -13,6 +13,11 @@ With the second moment H = X Xᵀ of that input, `score` is how units are ranked
 `update` then refits what is left of W by least squares, ``W_K ← W H_{:K} (H_KK + λI)⁻¹``, which is what the updates of
 obs add up to.
 
+Where blocks may differ (``heterogeneous = true``), two sweeps walk over them. The first scores all units and changes
+nothing; between both, what all blocks keep together is spread over them, by the share that each unit has in the scores
+of its block; the second prunes as above. For obs, the score of a unit is what it costs in its turn until one `multiple`
+is left.
+
 The hidden width has readers in every block: a channel's score is ``Σ ‖W_j‖² ‖X_j‖²`` over all of them (the norms that
 feed them included), and one choice serves the whole model.
 """
@@ -31,6 +36,7 @@ from compress.calibration.moments import DAMPING_LADDER
 from compress.errors import RunError
 from compress.passes.base import BlockPass, BlockState, Note, SettingError, Statistics
 from compress.passes.structured import Narrowing, coupled_heads, rounded
+from compress.spread import shares
 from compress.structure import Sizes
 
 if TYPE_CHECKING:
@@ -64,6 +70,10 @@ class WidthPruning(Narrowing, BlockPass):
                 "obs is a score of the updated weights", 'leave update out, or score = "wanda"', ("update",)
             )
         return self
+
+    def scores(self) -> bool:
+        """Where blocks may differ."""
+        return self.heterogeneous
 
     @property
     def updates(self) -> bool:
@@ -112,6 +122,8 @@ class WidthPruning(Narrowing, BlockPass):
 
     def apply(self, block: BlockState) -> dict[str, Note]:
         """Choose the units of one block, refit their readers, and add up what the hidden width is chosen by."""
+        if self.heterogeneous and block.spread is None:
+            return self._look(block)
         notes: dict[str, Note] = {}
         if self.hidden:
             self._score_hidden(block)
@@ -121,10 +133,10 @@ class WidthPruning(Narrowing, BlockPass):
             (name,) = width.columns
             state, moments = block.linears[name], block.moments[name]
             units = width.unit_columns(width.count(block.config), state.in_features)
-            keep = getattr(after, width.name)
+            keep = (block.spread or {}).get(width.name) or after.at(width.name, 0)
             W = state.weight
             damping = definite(moments, self.damping) if self.updates else self.damping
-            kept = self._choose(block, width, W, moments, units, len(units) - keep, state.name, damping)
+            kept = self._choose(block, width, units, len(units) - keep, damping)
             columns = units[kept].flatten()
             gone = torch.ones(state.in_features, dtype=torch.bool)
             gone[columns] = False
@@ -142,35 +154,49 @@ class WidthPruning(Narrowing, BlockPass):
                 notes[name]["detail"] += ", no bias to take their mean"
         return notes
 
-    def _choose(
-        self,
-        block: BlockState,
-        width: Width,
-        W: Tensor,
-        moments: Moments,
-        units: Tensor,
-        remove: int,
-        name: str,
-        damping: float,
-    ) -> Tensor:
+    def _look(self, block: BlockState) -> dict[str, Note]:
+        """Score the units whose number is to differ between blocks, comparably, and change nothing."""
+        sizes = Sizes.of(block.architecture, block.config)
+        different = self.left(sizes, block.architecture, block.config).different
+        for width in self._widths(block.architecture, block.config):
+            if width.name not in different:
+                continue
+            (name,) = width.columns
+            state, moments = block.linears[name], block.moments[name]
+            units = width.unit_columns(width.count(block.config), state.in_features)
+            if self.score == "obs":
+                remove = max(0, len(units) - self.step(width.name))
+                _, scores = obs_in_turn(state.weight, moments, units, remove, definite(moments, self.damping))
+            else:
+                scores = self._scores(block, width, units)
+            block.found[f"{width.name}:score"] = shares(scores)
+        return {}
+
+    def _choose(self, block: BlockState, width: Width, units: Tensor, remove: int, damping: float) -> Tensor:
         """Indices of the units that stay, ascending."""
+        (name,) = width.columns
         if self.score == "obs":
-            return obs(W, moments, units, remove, damping)
+            return obs(block.linears[name].weight, block.moments[name], units, remove, damping)
+        order = self._scores(block, width, units).argsort(stable=True)
+        return order[remove:].sort().values
+
+    def _scores(self, block: BlockState, width: Width, units: Tensor) -> Tensor:
+        """What units (units, columns) are ranked by: (units,); not for obs."""
+        (name,) = width.columns
+        W, moments = block.linears[name].weight, block.moments[name]
         if self.score == "random":
-            generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
-            scores = torch.rand(len(units), generator=generator)
-        elif self.score == "magnitude":
+            generator = torch.Generator().manual_seed(self.seed + zlib.crc32(block.linears[name].name.encode()))
+            return torch.rand(len(units), generator=generator)
+        if self.score == "magnitude":
             scores = _of_units(W.square().sum(0), units)
             for linear in width.rows:
                 rows = width.unit_rows(linear, len(units), block.linears[linear].out_features, block.config)
                 scores = scores + _of_units(block.linears[linear].weight.square().sum(1), rows)
-        else:
-            energy = moments.squares
-            if self.score == "flap":
-                energy = energy - moments.sums.square() / max(1, moments.tokens)  # n · Var
-            scores = _of_units(W.square().sum(0) * energy.clamp_min(0), units)
-        order = scores.argsort(stable=True)
-        return order[remove:].sort().values
+            return scores
+        energy = moments.squares
+        if self.score == "flap":
+            energy = energy - moments.sums.square() / max(1, moments.tokens)  # n · Var
+        return _of_units(W.square().sum(0) * energy.clamp_min(0), units)
 
     def _compensate(self, block: BlockState, name: str, missing: Tensor) -> None:
         """Give the bias, where there is one, what the output now lacks on average."""
@@ -249,7 +275,12 @@ def refitted(W: Tensor, moments: Moments, columns: Tensor, damping: float) -> Te
 
 
 def obs(W: Tensor, moments: Moments, units: Tensor, remove: int, damping: float) -> Tensor:
-    """The units that stay, ascending, of those whose removal costs least, one after another.
+    """The units that stay, ascending, of those whose removal costs least: see `obs_in_turn`."""
+    return obs_in_turn(W, moments, units, remove, damping)[0]
+
+
+def obs_in_turn(W: Tensor, moments: Moments, units: Tensor, remove: int, damping: float) -> tuple[Tensor, Tensor]:
+    """Remove the units whose removal costs least, one after another.
 
     Args:
         W: (out, in).
@@ -257,6 +288,10 @@ def obs(W: Tensor, moments: Moments, units: Tensor, remove: int, damping: float)
         units: (units, k) columns of each.
         remove: how many go.
         damping: λ over the mean diagonal of H.
+
+    Returns:
+        indices of the units that stay, ascending; and (units,) what each cost in its turn, at least what those before
+        it did, or would cost next.
     """
     W = W.to(torch.float64, copy=True)
     H = _damped(moments, damping)
@@ -264,11 +299,13 @@ def obs(W: Tensor, moments: Moments, units: Tensor, remove: int, damping: float)
     del H
     units = units.to(W.device)
     alive = torch.ones(len(units), dtype=torch.bool, device=W.device)
+    costs = torch.zeros(len(units), dtype=torch.float64, device=W.device)
     together = -(-remove // ROUNDS)
     while remove:
         cost = _costs(W, inverse, units)
         cost[~alive] = torch.inf
         go = cost.argsort(stable=True)[: min(together, remove)]
+        costs[go] = cost[go].maximum(costs.max())
         u = units[go].flatten()
         solved = torch.linalg.solve(inverse[u][:, u], inverse[u])
         W.addmm_(W[:, u], solved, alpha=-1)
@@ -276,7 +313,8 @@ def obs(W: Tensor, moments: Moments, units: Tensor, remove: int, damping: float)
         inverse[u, u] = 1.0  # of what is gone; its cost is not asked for again
         alive[go] = False
         remove -= len(go)
-    return alive.nonzero().flatten().cpu()
+    costs[alive] = _costs(W, inverse, units)[alive].maximum(costs.max())
+    return alive.nonzero().flatten().cpu(), costs.cpu()
 
 
 def _costs(W: Tensor, inverse: Tensor, units: Tensor) -> Tensor:
