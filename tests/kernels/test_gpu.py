@@ -131,6 +131,20 @@ def test_the_check_for_gpus_passes_when_interpreted(kind: str) -> None:
     assert all(0 < line["error"] <= 2**-9 for line in found)
 
 
+@pytest.mark.parametrize("kind", ["int4", "sparse24", "sparse24_int4"])
+@pytest.mark.parametrize("rows", [16, 70, 1024])
+def test_all_ways_multiply_alike(kind: str, rows: int) -> None:
+    """Those that are timed on a GPU to choose among them."""
+    kernel, weight, _ = bench.kernel_of(kind, bench.Case(72, 64, group=32, symmetric=False), torch.float16, "cpu")
+    x = torch.randn(rows, 64).half()
+    wanted = x.double() @ weight.double().T
+    found = bench.ways(rows, bench.fragments_of(kernel), 132, hopper=True)
+    assert len(found) == {16: 2, 70: 3 if kind == "int4" else 6, 1024: 5}[rows]
+    for name, way in found.items():
+        y = way(x, bench.fragments_of(kernel), 72)
+        assert float((y.double() - wanted).abs().max()) <= 2**-9 * float(wanted.abs().max()), name
+
+
 def test_a_check_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(layout: Layout, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         return unpack_weight(layout, parts) * 1.01
