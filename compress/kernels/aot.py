@@ -4,9 +4,9 @@
 
 prints a line of JSON for every configuration: registers, bytes of stack (spills), shared memory, the instructions of
 the main loop per weight of W, and whether each PTX instruction got one value for each thread
-(`compress.kernels.instructions` says why it must). Without `--all` these are the tiles that the shapes of
-`compress.kernels.bench` get for few rows; with it every tile that may run, each as plain as it may be in both dtypes,
-and in bfloat16 with all that there may be besides: groups of 32, offsets, a branch, columns that warps share unevenly.
+(`compress.kernels.instructions` says why it must). Without `--all` these are a few; with it every tile that may run,
+each as plain as it may be in both dtypes, and in bfloat16 with all that there may be besides: groups of 32, offsets, a
+branch, columns that warps share unevenly.
 
 With `--json` the lines are also kept in a file, by the version of Triton; what is there from the same source is not
 compiled again, so that a run that was stopped goes on. The disassembler comes with Triton.
@@ -85,12 +85,6 @@ def fragments(kind: str, out: int, width: int, group: int = 128, *, offsets: boo
     )
 
 
-def usual_tiles(kind: str) -> set[Tile]:
-    """Those of an H100 for one row and the smallest shape that is measured, 16 and the largest, and for more rows."""
-    cases = ((1, 4096, 4096), (16, 28672, 8192), (32, 4096, 4096))
-    return {tile_for(rows, fragments(kind, out, width), 132) for rows, out, width in cases}
-
-
 def all_tiles(kind: str) -> set[Tile]:
     """Those of any shape."""
     some = product(
@@ -106,32 +100,46 @@ def all_tiles(kind: str) -> set[Tile]:
     }
 
 
-def configurations(arch: int, *, everything: bool) -> Iterator[Configuration]:
-    """The tiles with groups of 128, and the first or, of everything, all with the most that there may be."""
+def usual(arch: int) -> Iterator[Configuration]:
+    """A minute's worth: an H100's tiles for one row of the smallest shape that is measured and 16 of the largest."""
+    least = {kind: tile_for(1, fragments(kind, 4096, 4096), 132) for kind in KINDS}
+    most = {kind: tile_for(16, fragments(kind, 28672, 8192), 132) for kind in KINDS}
+    for kind in KINDS:
+        yield Configuration("product", kind, "fp16", least[kind])
+        yield Configuration("product", kind, "fp16", most[kind])
+        yield Configuration("portable", kind, "fp16", multiply_portable.TILES[1])
+    yield Configuration("product", "int4", "bf16", least["int4"])
+    yield Configuration("product", KINDS[2], "bf16", least[KINDS[2]], 32, offsets=True, branch=True, even=False)
+    yield Configuration("weight", "int4", "bf16", offsets=True)
+    yield Configuration("portable_weight", KINDS[2], "fp16", offsets=True)
+    if arch == 90:
+        yield Configuration("wide", "int4", "fp16", WIDE_TILES[65])
+        yield Configuration("expanded", KINDS[2], "fp16", EXPANDED_TILE)
+
+
+def every(arch: int) -> Iterator[Configuration]:
+    """All tiles, plain and with the most that there may be."""
     for kind in KINDS:
         codes = kind != "sparse24"
         least = 32 if codes else 128
-        tiles = sorted((all_tiles if everything else usual_tiles)(kind))
-        for tile in tiles:
+        for tile in sorted(all_tiles(kind)):
             yield Configuration("product", kind, "fp16", tile)
-        for tile in tiles if everything else tiles[:1]:
             yield Configuration("product", kind, "bf16", tile)
             yield Configuration("product", kind, "bf16", tile, least, offsets=codes, branch=True, even=False)
         yield Configuration("weight", kind, "bf16", offsets=codes)
-        portable = list(multiply_portable.TILES.values())
-        for one, half in product(portable, HALVES) if everything else ((portable[0], "fp16"),):
-            yield Configuration("portable", kind, half, one)
-            if everything and codes:
-                yield Configuration("portable", kind, half, one, least, offsets=codes)
+        for portable, half in product(multiply_portable.TILES.values(), HALVES):
+            yield Configuration("portable", kind, half, portable)
+            if codes:
+                yield Configuration("portable", kind, half, portable, least, offsets=codes)
         yield Configuration("portable_weight", kind, "fp16", group=least, offsets=codes)
     if arch == 90:
-        for wide, half in product(WIDE_TILES.values(), HALVES) if everything else ((WIDE_TILES[65], "fp16"),):
+        for wide, half in product(WIDE_TILES.values(), HALVES):
             yield Configuration("wide", "int4", half, wide)
             yield Configuration("wide", "int4", half, wide, 64, offsets=True)
-        for kind, half in product(KINDS[1:], HALVES if everything else ("fp16",)):
-            yield Configuration("expanded", kind, half, EXPANDED_TILE)
-            if kind == "sparse24_int4":
-                yield Configuration("expanded", kind, half, EXPANDED_TILE, 32, offsets=True)
+        for half in HALVES:
+            yield Configuration("expanded", KINDS[1], half, EXPANDED_TILE)
+            yield Configuration("expanded", KINDS[2], half, EXPANDED_TILE)
+            yield Configuration("expanded", KINDS[2], half, EXPANDED_TILE, 32, offsets=True)
 
 
 class Job(NamedTuple):
@@ -299,7 +307,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    jobs = [(one, arch) for arch in arguments.arch for one in configurations(arch, everything=arguments.all)]
+    jobs = [(one, arch) for arch in arguments.arch for one in (every if arguments.all else usual)(arch)]
     compile_all(jobs, arguments.json, arguments.processes)
 
 

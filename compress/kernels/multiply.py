@@ -288,6 +288,7 @@ def decoded(x: Tensor, w: Fragments, out_features: int, parts: int = 1) -> Tenso
         rows = min(16 * each, out_features - 16 * first)
         part = weight(x.dtype, w, rows, x.shape[1], first)
         torch.mm(x, part.T, out=y[:, 16 * first : 16 * first + rows])
+        del part  # the next one gets its memory
     return y
 
 

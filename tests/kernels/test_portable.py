@@ -121,13 +121,11 @@ def test_zero_points_are_in_all_places() -> None:
 
 @pytest.mark.parametrize("kind", [name for name in bench.KERNELS if name.startswith("portable")])
 def test_the_operator_is_one_for_torch_compile(kind: str) -> None:
-    """Its schema and its shapes without data; and the kernel with a branch, as the check for GPUs has it."""
+    """Its schema, and its shapes without data."""
     kernel, _, _ = bench.kernel_of(kind, bench.Case(24, 64, group=32, rank=16), torch.float16, "cpu")
     held = [kernel._buffers[name] for name in bench.PARTS]
     arguments = (torch.randn(2, 64).half(), *held, kernel.group, kernel.step, 24)
     torch.library.opcheck(portable_matmul, arguments, test_utils=("test_schema", "test_faketensor"))
-    cases = bench.Case(24, 64, group=32, rank=8), bench.Case(16, 40, group=-1, symmetric=False)
-    assert all(line["error"] <= 2**-9 for line in bench.check(kind, torch.float16, "cpu", cases))
 
 
 @pytest.mark.parametrize(

@@ -234,13 +234,13 @@ def check_all_code(lines: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_machine_code_keeps_to_registers(arch: str) -> None:
-    check_all_code(compiled("--arch", arch))
+    check_all_code(compiled("--arch", arch, "--processes", "2"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_every_tile_keeps_to_registers(arch: str) -> None:
-    check_all_code(compiled("--arch", arch, "--all"))
+    check_all_code(compiled("--arch", arch, "--all", "--processes", "2"))
 
 
 def test_compiled_lines_are_kept(tmp_path: Path) -> None:
