@@ -157,7 +157,7 @@ def job_of(one: Configuration) -> Job:
     fixed, tile = constants(HALVES[one.half], weight), one.tile
     if isinstance(tile, Tile):
         fixed |= cut(tile, weight, branch=one.branch) | {"EVEN": one.even}
-        options = {"num_warps": tile.across * tile.along, "num_stages": 1} | FUSED | register_options(tile)
+        options = {"num_warps": tile.across * tile.along, "num_stages": 1} | FUSED | register_options(tile, weight)
         return Job(product_kernel, fixed, options, weight.step * 16 * tile.tiles / 32)
     if tile is None:
         portable = one.kernel == "portable_weight"

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 MIDDLE = {torch.float16: (-0x1BF71BF8, -0x2B7F2B80), torch.bfloat16: (-0x3CF73CF8, -0x3CF73CF8)}
 ONE = 0x3F803F80  # a pair of ones in bfloat16
 WIDE = (33, 640)  # rows of x that the warp-group product takes; fewer than 65 only of enough rows of W
-# For more warps on a multiprocessor ptxas spills a register or two, and these keep it from that
-REGISTERS = {"ptx_options": "--register-usage-level=3"}
-FEW_REGISTERS = {"maxnreg": 64}  # where a warp has one tile and eight rows of x: they need less
 EXPANDED = (65, 640)  # rows of x for which, with a warp-group product, 2:4 is expanded in registers
 WARPS = 32  # of a multiprocessor, to share the columns among
 
@@ -195,14 +192,21 @@ def launch(
         num_warps=tile.across * tile.along,
         num_stages=1,
         **FUSED,
-        **register_options(tile),
+        **register_options(tile, w),
     )
     return y
 
 
-def register_options(tile: Tile) -> dict[str, Any]:
-    """What ptxas is told about registers."""
-    return FEW_REGISTERS if tile.eights * tile.tiles == 1 else REGISTERS
+def register_options(tile: Tile, w: Fragments) -> dict[str, Any]:
+    """What ptxas is told about registers: for more warps on a multiprocessor it spills one or two.
+
+    A maximum that is enough keeps it from that, and from saving registers; the level does where it takes few anyway.
+    """
+    if tile.eights * tile.tiles == 1:
+        return {"maxnreg": 64 if w.offset is None else 72}
+    if tile.eights * tile.tiles == 8 and tile.ahead and w.scale is None:
+        return {"maxnreg": 160}
+    return {"ptx_options": "--register-usage-level=3"}
 
 
 def launch_wide(tile: WideTile, x: Tensor, w: Fragments, out_features: int) -> Tensor:
