@@ -139,7 +139,7 @@ def every(arch: int) -> Iterator[Configuration]:
         for half in HALVES:
             yield Configuration("expanded", KINDS[1], half, EXPANDED_TILE)
             yield Configuration("expanded", KINDS[2], half, EXPANDED_TILE)
-            yield Configuration("expanded", KINDS[2], half, EXPANDED_TILE, 32, offsets=True)
+            yield Configuration("expanded", KINDS[2], half, EXPANDED_TILE, offsets=True)
 
 
 class Job(NamedTuple):

@@ -154,7 +154,8 @@ def multiply(
     if not rows:
         return x.new_empty(0, out_features)
     wide = wide_for(rows, w, processors) if hopper else None
-    expanded = hopper and w.positions is not None and EXPANDED[0] <= rows <= EXPANDED[1]
+    whole = w.positions is not None and w.group in (0, w.step)  # smaller groups: up to 20 instructions per weight
+    expanded = hopper and whole and EXPANDED[0] <= rows <= EXPANDED[1]
     if wide is None and not expanded and rows <= PACKED_ROWS:
         return launch(tile_for(rows, w, processors), x, w, out_features, up, dx)
     if wide is not None:
