@@ -1,20 +1,27 @@
 """Compile the Triton kernels without a GPU, and read what the compiler made of them.
 
-    python -m compress.kernels.aot [--arch 80 90] [--all]
+    python -m compress.kernels.aot [--arch 80 90] [--all] [--processes N] [--json OUT]
 
 prints a line of JSON for every configuration: registers, bytes of stack (spills), shared memory, the instructions of
 the main loop per weight of W, and whether each PTX instruction got one value for each thread
-(`compress.kernels.instructions` says why it must). Without `--all` these are the tiles that the shapes of
-`compress.kernels.bench` get for few rows, with it all that may run. The disassembler comes with Triton.
+(`compress.kernels.instructions` says why it must). Without `--all` these are a few; with it every tile that may run,
+each as plain as it may be in both dtypes, and in bfloat16 with all that there may be besides: groups of 32, offsets, a
+branch, columns that warps share unevenly.
+
+With `--json` the lines are also kept in a file, by the version of Triton; what is there from the same source is not
+compiled again, so that a run that was stopped goes on. The disassembler comes with Triton.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,8 +31,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels.fragments import Fragments, rows_for
-from compress.kernels.multiply import FUSED, WIDE_TILES, Tile, WideTile, constants, cut, tile_for, wide_constants
+from compress.kernels import multiply_portable
+from compress.kernels.fragments import PACKED_ROWS, Fragments
+from compress.kernels.multiply import (
+    EXPANDED_TILE,
+    WIDE_TILES,
+    Tile,
+    WideTile,
+    constants,
+    cut,
+    register_options,
+    tile_for,
+    wide_constants,
+)  # fmt: skip
+from compress.kernels.operands import FUSED
+from compress.kernels.portable import portable_kernel, portable_weight_kernel
 from compress.kernels.product import product_kernel, weight_kernel
 from compress.kernels.wide import wide_kernel
 
@@ -39,11 +59,15 @@ PROCESSORS = (40, 84, 108, 132)  # multiprocessors of GPUs, an L4's to an H100's
 
 
 class Configuration(NamedTuple):
-    """One specialization of `product_kernel` or, by its tile, of `wide_kernel`; with no tile, of `weight_kernel`."""
+    """One specialization of a kernel: "product", "weight", "wide", "expanded", "portable" or "portable_weight".
 
+    "expanded" is the portable kernel, of a weight that is arranged for "product".
+    """
+
+    kernel: str
     kind: str
     half: str
-    tile: Tile | WideTile | None
+    tile: Tile | WideTile | multiply_portable.Tile | None = None
     group: int = 128
     offsets: bool = False
     branch: bool = False
@@ -61,63 +85,106 @@ def fragments(kind: str, out: int, width: int, group: int = 128, *, offsets: boo
     )
 
 
-def usual_tiles(kind: str) -> set[Tile]:
-    """Those of an H100 for up to 16 rows and the smallest and largest shape that are measured; one for more rows."""
-    cases = product((1, 16), ((4096, 4096), (28672, 8192)))
-    found = {tile_for(rows, fragments(kind, *shape), shape[1], 132) for rows, shape in cases}
-    return found | {tile_for(32, fragments(kind, 4096, 4096), 4096, 132)}
-
-
 def all_tiles(kind: str) -> set[Tile]:
     """Those of any shape."""
     some = product(
-        (1, 5, 9, 17, 33, 65, 129, 257),
+        (1, 3, 5, 9, 17, 33, 65, 97, 129, 161),
         [16 * tiles for tiles in (1, 2, 3, 5, 8, 16, 40, 90, 200, 400, 700, 1100, 2500, 5000, 9000)],
         (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
         PROCESSORS,
     )
     return {
-        tile_for(rows, fragments(kind, out, width), width - ragged, processors)
+        tile_for(rows, fragments(kind, out, width), processors)
         for rows, out, width, processors in some
-        for ragged in (0, 8)
-        if rows <= rows_for(sparse=kind != "int4")
+        if rows <= PACKED_ROWS
     }
 
 
-def configurations(arch: int, *, everything: bool) -> Iterator[Configuration]:
-    """The tiles with float16 and groups of 128; on one or, of everything, on all with the most that there may be."""
+def usual(arch: int) -> Iterator[Configuration]:
+    """A minute's worth: an H100's tiles for one row of the smallest shape that is measured and 16 of the largest."""
+    least = {kind: tile_for(1, fragments(kind, 4096, 4096), 132) for kind in KINDS}
+    most = {kind: tile_for(16, fragments(kind, 28672, 8192), 132) for kind in KINDS}
     for kind in KINDS:
-        tiles = sorted((all_tiles if everything else usual_tiles)(kind))
+        yield Configuration("product", kind, "fp16", least[kind])
+        yield Configuration("product", kind, "fp16", most[kind])
+        yield Configuration("portable", kind, "fp16", multiply_portable.TILES[1])
+    yield Configuration("product", "int4", "bf16", least["int4"])
+    yield Configuration("product", KINDS[2], "bf16", least[KINDS[2]], 32, offsets=True, branch=True, even=False)
+    yield Configuration("weight", "int4", "bf16", offsets=True)
+    yield Configuration("portable_weight", KINDS[2], "fp16", offsets=True)
+    if arch == 90:
+        yield Configuration("wide", "int4", "fp16", WIDE_TILES[65])
+        yield Configuration("expanded", KINDS[2], "fp16", EXPANDED_TILE)
+
+
+def every(arch: int) -> Iterator[Configuration]:
+    """All tiles, plain and with the most that there may be."""
+    for kind in KINDS:
         codes = kind != "sparse24"
-        for tile in tiles:
-            yield Configuration(kind, "fp16", tile)
-        for tile in tiles if everything else tiles[:1]:
-            least = 32 if codes else 128
-            yield Configuration(kind, "bf16", tile, least, offsets=codes, branch=True, even=tile.along == 1)
-        if not everything:
-            yield Configuration(kind, "bf16", tiles[0])
-            yield Configuration(kind, "fp16", tiles[0], 64 if codes else 128, offsets=codes, even=False)
-        yield Configuration(kind, "bf16", None, offsets=codes)
+        least = 32 if codes else 128
+        for tile in sorted(all_tiles(kind)):
+            yield Configuration("product", kind, "fp16", tile)
+            yield Configuration("product", kind, "bf16", tile)
+            yield Configuration("product", kind, "bf16", tile, least, offsets=codes, branch=True, even=False)
+        yield Configuration("weight", kind, "bf16", offsets=codes)
+        for portable, half in product(multiply_portable.TILES.values(), HALVES):
+            yield Configuration("portable", kind, half, portable)
+            if codes:
+                yield Configuration("portable", kind, half, portable, least, offsets=codes)
+        yield Configuration("portable_weight", kind, "fp16", group=least, offsets=codes)
     if arch == 90:
         for wide, half in product(WIDE_TILES.values(), HALVES):
-            yield Configuration("int4", half, wide)
-            yield Configuration("int4", half, wide, 64, offsets=True)
+            yield Configuration("wide", "int4", half, wide)
+            yield Configuration("wide", "int4", half, wide, 64, offsets=True)
+        for half in HALVES:
+            yield Configuration("expanded", KINDS[1], half, EXPANDED_TILE)
+            yield Configuration("expanded", KINDS[2], half, EXPANDED_TILE)
+            yield Configuration("expanded", KINDS[2], half, EXPANDED_TILE, offsets=True)
+
+
+class Job(NamedTuple):
+    """What the compiler gets: kernel, its constants, its options, and weights of a lane in a turn of the loop."""
+
+    kernel: Any
+    fixed: dict[str, int | bool]
+    options: dict[str, Any]
+    weights: float
+
+
+def job_of(one: Configuration) -> Job:
+    """The kernel of a configuration, as it is launched."""
+    weight = fragments(one.kind, 4096, 4096, one.group, offsets=one.offsets)
+    fixed, tile = constants(HALVES[one.half], weight), one.tile
+    if isinstance(tile, Tile):
+        fixed |= cut(tile, weight, branch=one.branch) | {"EVEN": one.even}
+        options = {"num_warps": tile.across * tile.along, "num_stages": 1} | FUSED | register_options(tile, weight)
+        return Job(product_kernel, fixed, options, weight.step * 16 * tile.tiles / 32)
+    if tile is None:
+        portable = one.kernel == "portable_weight"
+        if portable:
+            fixed = multiply_portable.constants(weight)
+        return Job(portable_weight_kernel if portable else weight_kernel, fixed, {"num_warps": 1} | FUSED, 0)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages} | FUSED
+    if isinstance(tile, WideTile):
+        fixed = wide_constants(tile, HALVES[one.half], weight)
+        return Job(wide_kernel, fixed, options, 64 * tile.outputs / (32 * tile.warps))
+    fixed = multiply_portable.constants(weight, masks=one.kernel == "portable") | multiply_portable.cut(tile)
+    return Job(portable_kernel, fixed, options, weight.step * tile.outputs / (32 * tile.warps))
+
+
+def identity(one: Configuration, arch: int) -> dict[str, Any]:
+    """What a configuration is compiled from: its line begins so."""
+    kernel, _, options, _ = job_of(one)
+    tile = one.tile and one.tile._asdict()
+    return {"arch": arch, **one._asdict(), "tile": tile, "options": options, "source": kernel.cache_key[:16]}
 
 
 def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
     """Compile a configuration for sm_`arch`, and measure its machine code."""
-    weight = fragments(one.kind, 4096, 4096, one.group, offsets=one.offsets)
-    fixed: dict[str, int | bool] = dict(constants(HALVES[one.half], weight))
-    kernel, warps, stages = weight_kernel, 1, 1
-    if isinstance(one.tile, WideTile):
-        kernel, warps, stages = wide_kernel, one.tile.warps, one.tile.stages
-        fixed = wide_constants(one.tile, HALVES[one.half], weight)
-    elif one.tile is not None:
-        kernel, warps = product_kernel, one.tile.across * one.tile.along
-        fixed |= cut(one.tile, weight, branch=one.branch) | {"EVEN": one.even}
+    kernel, fixed, options, weights = job_of(one)
     names = list(kernel.arg_names)
-    pointers = dict.fromkeys(("x", "dx", "y", "w"), f"*{one.half}")
-    pointers |= dict.fromkeys(("words", "positions", "scale", "offset", "up"), "*i32")
+    pointers = dict.fromkeys(("x", "dx", "y", "w"), f"*{one.half}") | {"sums": "*fp32"}
+    pointers |= dict.fromkeys(("words", "positions", "kept", "scale", "offset", "zeros", "up"), "*i32")
     made = triton.compile(
         ASTSource(
             kernel,
@@ -126,17 +193,19 @@ def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
             {(number,): [["tt.divisibility", 16]] for number, name in enumerate(names) if name in pointers},
         ),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": stages} | FUSED,
+        options=options,
     )
     registers, stack, loop = read_machine_code(made.asm["cubin"])
-    found = {"arch": arch, **one._asdict(), "tile": one.tile and one.tile._asdict()}
+    found = identity(one, arch)
     found |= {"registers": registers, "stack_bytes": stack, "shared_bytes": made.metadata.shared}
-    if isinstance(one.tile, WideTile):  # which asks no layout, but must not put W into shared memory
-        found["instructions_per_weight"] = loop / (64 * one.tile.outputs / (32 * warps))
-        return found | {"from_registers": bool(re.search(r"wgmma\.mma_async[^;]*\},\s*\{[^}]*\},", made.asm["ptx"]))}
-    if one.tile is not None:
-        found["instructions_per_weight"] = loop / (weight.step * 16 * one.tile.tiles / 32)  # of a lane, in a step
-    return found | {"one_value_a_thread": layouts(made.asm["ttgir"]) == {f"[1] [32] [{warps}] [0]"}}
+    if weights:
+        found["instructions_per_weight"] = loop / weights
+    if one.kernel == "wide":  # which asks no layout, but must not put W into shared memory
+        found["from_registers"] = bool(re.search(r"wgmma\.mma_async[^;]*\},\s*\{[^}]*\},", made.asm["ptx"]))
+    elif one.kernel in ("product", "weight"):
+        warps = options["num_warps"]
+        found["one_value_a_thread"] = layouts(made.asm["ttgir"]) == {f"[1] [32] [{warps}] [0]"}
+    return found
 
 
 def layouts(text: str) -> set[str]:
@@ -184,15 +253,62 @@ def _run(tool: str, *arguments: str) -> str:
     return found.stdout + found.stderr
 
 
+class Kept:
+    """Lines in a file, by the version of Triton: the file is written anew with each line."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Read what is there."""
+        self.path = path
+        self.all: dict[str, list[dict[str, Any]]] = {}
+        if path is not None and path.exists():
+            self.all = json.loads(path.read_text(encoding="utf-8"))
+        self.lines = self.all.setdefault(triton.__version__, [])
+
+    def find(self, known: dict[str, Any]) -> dict[str, Any] | None:
+        """The line that begins so."""
+        known = json.loads(json.dumps(known))
+        return next((line for line in self.lines if known.items() <= line.items()), None)
+
+    def keep(self, lines: list[dict[str, Any]]) -> None:
+        """Put these lines in place of all of this version."""
+        self.lines[:] = lines
+        if self.path is None:
+            return
+        rows = [
+            f"{json.dumps(version)}: [\n" + ",\n".join(map(json.dumps, found)) + "\n]"
+            for version, found in sorted(self.all.items())
+        ]
+        part = self.path.with_suffix(".part")
+        part.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+        part.replace(self.path)
+
+
+def compile_all(jobs: list[tuple[Configuration, int]], path: Path | None, processes: int) -> None:
+    """Print a line for each, in the order in which they are done; progress goes to stderr."""
+    kept = Kept(path)
+    lines = {number: kept.find(identity(*job)) for number, job in enumerate(jobs)}
+    missing = [number for number, line in lines.items() if line is None]
+    for line in filter(None, lines.values()):
+        print(json.dumps(line), flush=True)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(compile_one, *jobs[number]): number for number in missing}
+        for done, future in enumerate(as_completed(futures), len(jobs) - len(missing) + 1):
+            line = lines[futures[future]] = future.result()
+            kept.keep([one for one in lines.values() if one is not None])
+            print(json.dumps(line), flush=True)
+            print(f"{done} of {len(jobs)} compiled", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Print a line for each configuration and architecture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    for arch in arguments.arch:
-        for one in configurations(arch, everything=arguments.all):
-            print(json.dumps(compile_one(one, arch)), flush=True)
+    jobs = [(one, arch) for arch in arguments.arch for one in (every if arguments.all else usual)(arch)]
+    compile_all(jobs, arguments.json, arguments.processes)
 
 
 if __name__ == "__main__":

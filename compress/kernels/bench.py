@@ -2,9 +2,12 @@
 
     python -m compress.kernels.bench [--check] [--json OUT]
 
-With `--check` it only compares. Times are of CUDA graphs that go through copies of the weight larger than the L2 cache
-together: medians of replays. Beside ours are cuBLAS in float16, torch's int4 operator for GPUs (`_weight_int4pack_mm`,
-in bfloat16) and its semi-structured one (cuSPARSELt); the bandwidths of copying and of reading are of the same run.
+With `--check` it compares, and times only the ways among which `compress.kernels.multiply` chooses, some of which have
+not run on a GPU yet: some minutes. Without, it times all kernels. Times are of CUDA graphs that go through copies of
+the weight larger than the L2 cache together: medians of replays. Beside ours are cuBLAS in float16, torch's int4
+operator for GPUs (`_weight_int4pack_mm`, in bfloat16) and its semi-structured one (cuSPARSELt); the bandwidths of
+copying and of reading are of the same run. OUT is written anew with each result, so that one that is stopped keeps
+what there was.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -26,17 +29,21 @@ from torch.nn.functional import linear
 
 from compress.errors import CompressError, RunError
 from compress.grid import Grid, GridSpec
-from compress.kernels.gpu import PARTS, Triton, TritonInt4, TritonSparse24, TritonSparse24Int4
+from compress.kernels.fragments import Fragments
+from compress.kernels.gpu import PARTS, Triton, TritonInt4, TritonPortable, TritonSparse24, TritonSparse24Int4
 from compress.kernels.pack import PAIRS, Layout, pack_part, unpack_weight
 from compress.state import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    Way = Callable[[Tensor, Fragments, int], Tensor]
+
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # (out, in)
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
 CACHE = 192 << 20  # bytes of copies that no L2 cache holds
 KERNELS: dict[str, type[Triton]] = {"int4": TritonInt4, "sparse24": TritonSparse24, "sparse24_int4": TritonSparse24Int4}
+KERNELS |= {f"portable_{kind}": TritonPortable for kind in KERNELS}
 TOLERANCE = {torch.float16: 2**-9, torch.bfloat16: 2**-6}  # of the largest output
 
 
@@ -63,6 +70,7 @@ CASES = (
 def kernel_of(kind: str, case: Case, dtype: torch.dtype, device: str) -> tuple[Triton, Tensor, LowRank | None]:
     """A kernel for random weights, the weight (out, in) that they stand for, and the branch."""
     random = torch.Generator(device).manual_seed(case.out + case.width)
+    made_by, kind = KERNELS[kind], kind.removeprefix("portable_")
     out, width = case.out, case.width
     options: dict[str, Any] = {"generator": random, "device": device}
     mask = None
@@ -87,7 +95,7 @@ def kernel_of(kind: str, case: Case, dtype: torch.dtype, device: str) -> tuple[T
         made = made if mask is None else made.zeroed(~mask)
         layout = Layout(out, width, dtype, spec, mask is not None, case.rank)
     parts = {suffix: pack_part(layout, suffix, made, mask, branch).to(device) for suffix in layout.tensors()}
-    return KERNELS[kind](layout, parts, dtype), unpack_weight(layout, parts), branch
+    return made_by(layout, parts, dtype), unpack_weight(layout, parts), branch
 
 
 def check(kind: str, dtype: torch.dtype, device: str = "cuda", cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
@@ -129,11 +137,11 @@ def replayed(call: Callable[[], Tensor]) -> Tensor:
     return found
 
 
-def check_all() -> list[dict[str, Any]]:
+def check_all() -> Iterator[dict[str, Any]]:
     """`check` of all kernels, each in a process of its own: most of the time is compiling."""
-    jobs = list(product(KERNELS, TOLERANCE))
-    with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
-        return [line for lines in pool.map(check, *zip(*jobs, strict=True)) for line in lines]
+    with ProcessPoolExecutor(16, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(check, kind, dtype) for kind, dtype in product(KERNELS, TOLERANCE)]):
+            yield from done.result()
 
 
 def seconds(calls: list[Callable[[], Tensor]]) -> float:
@@ -220,8 +228,71 @@ def times() -> Iterator[dict[str, Any]]:
             for rows in ROWS:
                 x = torch.randn(rows, width, dtype=torch.float16, device="cuda")
                 took = seconds([partial(one, x) for one in kernels[: None if rows <= 64 else 4]])
-                line = {"shape": [out, width], "kernel": made.name, "rows": rows, "microseconds": took * 1e6}
+                line = {"shape": [out, width], "kernel": made.name, "kind": kind, "rows": rows}
+                line |= {"microseconds": took * 1e6}
                 yield line | {"over_cublas": cublas[rows] / took, "bytes_per_second": size / took}
+
+
+def ways(
+    rows: int, w: Fragments, processors: int, *, hopper: bool
+) -> dict[str, Callable[[Tensor, Fragments, int], Tensor]]:
+    """By name, what may multiply so many rows with a weight, and what is chosen."""
+    from compress.kernels import multiply, multiply_portable
+
+    found: dict[str, Way] = {"chosen": partial(multiply.multiply, processors=processors, hopper=hopper)}
+    if rows <= 512:
+        found["packed"] = partial(multiply.launch, multiply.tile_for(rows, w, processors))
+    if rows >= 64:
+        found["decoded"] = multiply.decoded
+    if 64 <= rows <= 512 and w.positions is not None:
+        for tile in ((64, 64, 4, 2), (128, 64, 4, 2), (128, 128, 8, 2)):
+            cut = multiply_portable.Tile(*tile)
+            found[f"expanded {cut.rows} x {cut.outputs}"] = partial(multiply_portable.launch, cut, masks=False)
+    if rows >= 1024:
+        found |= {f"decoded in {parts}": partial(multiply.decoded, parts=parts) for parts in (4, 8, 16)}
+    return found
+
+
+def choices() -> Iterator[dict[str, Any]]:
+    """Microseconds by shape, kind, rows and way, and how many times as fast as cuBLAS with a dense weight."""
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    hopper, processors = device.major == 9, device.multi_processor_count
+    for out, width in (SHAPES[3], SHAPES[0], SHAPES[1], SHAPES[2]):
+        cublas: dict[int, float] = {}
+        dense = [torch.randn(out, width, dtype=torch.float16, device="cuda") for _ in range(2)]
+        dense *= max(1, -(-CACHE // (4 * out * width)))
+        for kind in ("sparse24", "sparse24_int4", "int4"):
+            made = kernel_of(kind, Case(out // 16, width), torch.float16, "cuda")[0]
+            size = 16 * sum(held.numel() * held.element_size() for held in made.buffers())
+            kernels = [repeated(made, 16) for _ in range(max(2, -(-CACHE // size)))]
+            weights = [fragments_of(kernel) for kernel in kernels]
+            for rows in (1, 16, 64, 128, 192, 256, 512, 2048):
+                x = torch.randn(rows, width, dtype=torch.float16, device="cuda")
+                if rows not in cublas:
+                    cublas[rows] = seconds([partial(linear, x, weight) for weight in dense])
+                for name, way in ways(rows, weights[0], processors, hopper=hopper).items():
+                    took = seconds([partial(way, x, weight, out) for weight in weights[: None if rows <= 64 else 4]])
+                    line = {"shape": [out, width], "kind": kind, "rows": rows, "way": name}
+                    yield line | {"microseconds": took * 1e6, "over_cublas": cublas[rows] / took}
+
+
+def fragments_of(kernel: Triton) -> Fragments:
+    """The weight of a kernel, as `compress.kernels.multiply` takes it."""
+    words, positions, scale, offset = (kernel._buffers[name] for name in PARTS)
+    assert words is not None
+    return Fragments(words, positions, scale, offset, kernel.group, kernel.step)
+
+
+def collect(result: dict[str, Any], name: str, lines: Iterator[dict[str, Any]], path: Path | None) -> None:
+    """Print lines and put them into the result, which is written with each."""
+    result[name] = []
+    for line in lines:
+        result[name].append(line)
+        print(json.dumps(line), flush=True)
+        if path:
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            part.replace(path)
 
 
 def main() -> None:
@@ -237,18 +308,15 @@ def main() -> None:
     result: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     result |= {"torch": torch.__version__, "triton": triton.__version__}
     try:
-        result["check"] = check_all()
+        collect(result, "check", check_all(), arguments.json)
     except CompressError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{len(result['check'])} products agree with float64", flush=True)
-    if not arguments.check:
+    if arguments.check:
+        collect(result, "choices", choices(), arguments.json)
+    else:
         result["bandwidth"] = bandwidth()
-        result["times"] = []
-        for line in times():
-            result["times"].append(line)
-            print(json.dumps(line), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        collect(result, "times", times(), arguments.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from compress.kernels.cpu import Int4, Int8
-from compress.kernels.gpu import TritonInt4, TritonSparse24, TritonSparse24Int4
+from compress.kernels.gpu import TritonInt4, TritonPortable, TritonSparse24, TritonSparse24Int4
 from compress.kernels.reference import Decoded, Reference
 
 if TYPE_CHECKING:
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from compress.kernels.kernel import Kernel
     from compress.kernels.pack import Layout
 
-Kernels = Literal["auto", "decoded", "reference"]
+Kernels = Literal["auto", "portable", "decoded", "reference"]
 KERNELS: dict[str, tuple[type[Kernel], ...]] = {
-    "auto": (TritonSparse24Int4, TritonSparse24, TritonInt4, Int8, Int4, Decoded),  # the fastest first
+    # the fastest first
+    "auto": (TritonSparse24Int4, TritonSparse24, TritonInt4, TritonPortable, Int8, Int4, Decoded),
+    "portable": (TritonPortable, Decoded),
     "decoded": (Decoded,),
     "reference": (Reference,),
 }
@@ -42,7 +44,7 @@ def choose(layout: Layout, device: torch.device, dtype: torch.dtype, kernels: Ke
         if problem is None:
             why = kernel.says(layout, dtype)
             packed = layout.grid is not None or layout.sparse
-            if refused and packed and kernel is KERNELS[kernels][-1]:
+            if refused and packed and kernel.fallback:
                 reasons = [f"{' and '.join(names)}: {reason}" for reason, names in refused.items()]
                 why += f" ({'; '.join(reasons)})"
             return Choice(kernel, why)

@@ -10,6 +10,11 @@ the loads: of 32 columns of a dense W it has 8 t to 8 t + 7; those of 2:4 are wh
     offset       (groups, tiles, 8) int32    what is added to their codes (`instructions.decode`); None where zero is 8
     up           (tiles, rank/16, 32, 4) int32    the branch's left factor, in pairs
 
+`compress.kernels.portable` reads the same words and scales, but for positions and offsets it wants
+
+    masks        (tiles, …, 32, 2) int32    a bit for each column of 2:4, whether it was kept
+    zeros        (groups, tiles, 8) int32    the zero-points of the rows g and g + 8 in all places of a word
+
 Of a word, bits 4 i and 16 + 4 i are pair i: 0 is of row g, 1 of row g + 8, 2 and 3 of these rows and further columns.
 """
 
@@ -28,8 +33,9 @@ if TYPE_CHECKING:
 
 ROWS = 16
 LANES = 32
-DENSE_ROWS = 192  # more rows of x than these are multiplied faster by cuBLAS and a decoded weight: of a dense weight,
-SPARSE_ROWS = 320  # of 2:4; on an H100 (benchmarks/results/gpu-h100.json)
+# More rows of x than these are multiplied faster by cuBLAS and a decoded weight, on an H100
+# (benchmarks/results/gpu-h100.json)
+PACKED_ROWS = 192
 GROUPS = (128, 64, 32)  # columns of a scale in the kernels
 
 
@@ -60,11 +66,6 @@ class Fragments(NamedTuple):
         return self.words[0].numel() // LANES * of_word
 
 
-def rows_for(*, sparse: bool) -> int:
-    """The most rows of x that are multiplied with the weight as it is packed."""
-    return SPARSE_ROWS if sparse else DENSE_ROWS
-
-
 def refusal(spec: GridSpec | None, in_features: int, *, sparse: bool) -> str | None:
     """Why such a linear cannot be arranged; None when it can."""
     if spec is None:
@@ -75,13 +76,14 @@ def refusal(spec: GridSpec | None, in_features: int, *, sparse: bool) -> str | N
     return f"32 does not divide groups of {width} columns" if width != -1 and width % 32 else None
 
 
-def arrange_grid(grid: Grid, dtype: torch.dtype, stored: Tensor | None = None) -> Fragments:
+def arrange_grid(grid: Grid, dtype: torch.dtype, stored: Tensor | None = None, *, portable: bool = False) -> Fragments:
     """A grid of at most 4 bits.
 
     Args:
         grid: of integers.
         dtype: float16 or bfloat16, of scales and of arithmetic.
         stored: (out, in) bool, two of every four columns: the others hold the code of 0 and are left out.
+        portable: whether `compress.kernels.portable` will read it.
 
     Raises:
         ValueError: the grid is of another kind, or its groups cannot be arranged.
@@ -106,34 +108,54 @@ def arrange_grid(grid: Grid, dtype: torch.dtype, stored: Tensor | None = None) -
         base = torch.full((ROWS, 1), 128 if dtype is torch.bfloat16 else 1024)
         base[8:] = 128 if dtype is torch.bfloat16 else 64
         offset = pairs(-(zero.float() + base.to(zero.device).repeat(zero.shape[0] // ROWS, 1)).to(dtype))
+        offset = arrange_zeros(zero) if portable else offset
     columns = -width % step
     if stored is None:
         return Fragments(_dense(filled(grid.codes, columns)), None, pairs(scale), offset, group, step)
     kept = grid.codes[stored].view(grid.codes.shape[0], -1)
     words = _sparse(filled(kept, columns // 2))
-    return Fragments(words, arrange_positions(stored, columns), pairs(scale), offset, group, step)
+    where = (arrange_masks if portable else arrange_positions)(stored, columns)
+    return Fragments(words, where, pairs(scale), offset, group, step)
 
 
-def arrange_values(values: Tensor, stored: Tensor) -> Fragments:
+def arrange_values(values: Tensor, stored: Tensor, *, portable: bool = False) -> Fragments:
     """2:4 without codes: values (out, in/2) float16 or bfloat16, and which columns (out, in) they are of."""
     columns = -stored.shape[1] % 128
     parts = _tiled(filled(values, columns // 2), 4, 2, 4, 2)
     # (tile, half, g, step, 32 columns, column half, t, pair) → (tile, step, 32 columns, g, t, column half, half, pair)
     words = parts.permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous().view(torch.int32)
-    return Fragments(words.view(*words.shape[:3], LANES, 4), arrange_positions(stored, columns), None, None, 0, 128)
+    where = (arrange_masks if portable else arrange_positions)(stored, columns)
+    return Fragments(words.view(*words.shape[:3], LANES, 4), where, None, None, 0, 128)
 
 
 def arrange_positions(stored: Tensor, fill: int) -> Tensor:
     """Which columns (out, in) of a 2:4 weight are stored, with so many more where the first two are."""
-    first = torch.tensor([True, True, False, False], device=stored.device).repeat(fill // 4)
-    rows = -stored.shape[0] % ROWS
-    whole = torch.cat((stored, first.expand(len(stored), -1)), 1)
-    whole = torch.cat((whole, whole[:1].expand(rows, -1)))
-    packed = pack_positions(whole)
+    packed = pack_positions(_whole(stored, fill))
     four = torch.stack((packed & 15, packed >> 4), -1).flatten(1)  # (out, in/4): the same four bits
     # (tile, half, g, step, 64 columns, 32 columns, 16 columns, four) → tile, step, g, 32, 16, 64 columns; half, four
     parts = _tiled(four, 2, 2, 2, 4).permute(0, 3, 2, 5, 6, 4, 1, 7)
     return _words(parts.flatten(-2), 4 * torch.arange(8)).view(*parts.shape[:2], 1, LANES, 2)
+
+
+def arrange_masks(stored: Tensor, fill: int) -> Tensor:
+    """The same as a bit for each column: a word has those of a lane's rows g and g + 8 in 64 columns."""
+    # (tile, half, g, step, 64 columns, 32 columns, 16 columns, t, column half, pair)
+    parts = _tiled(_whole(stored, fill), 2, 2, 2, 4, 2, 2).permute(0, 3, 2, 7, 4, 9, 6, 1, 5, 8)
+    shifts = [16 * pair + 4 * place + bit for pair in range(2) for place in range(4) for bit in range(4)]
+    return _words(parts.flatten(-5), torch.tensor(shifts)).view(*parts.shape[:2], 1, LANES, 2)
+
+
+def arrange_zeros(zero: Tensor) -> Tensor:
+    """Zero-points (rows, groups) below 16 → (groups, tiles, 8) words with those of g and g + 8 by turns, four times."""
+    two = _tiled(zero.int()).permute(3, 0, 2, 1)
+    return ((two[..., 0] | two[..., 1] << 4) * 0x01010101).contiguous()
+
+
+def _whole(stored: Tensor, fill: int) -> Tensor:
+    first = torch.tensor([True, True, False, False], device=stored.device).repeat(fill // 4)
+    rows = -stored.shape[0] % ROWS
+    whole = torch.cat((stored, first.expand(len(stored), -1)), 1)
+    return torch.cat((whole, whole[:1].expand(rows, -1)))
 
 
 def arrange_up(up: Tensor) -> Tensor:
@@ -196,7 +218,7 @@ def _codes(parts: Tensor) -> Tensor:
 
 
 def _words(parts: Tensor, shifts: Tensor) -> Tensor:
-    """Eight numbers of 4 bits in the last dimension, each shifted, as one int32."""
+    """The numbers of the last dimension, each shifted, as one int32."""
     word = torch.zeros(parts.shape[:-1], dtype=torch.int32, device=parts.device)
     for number, shift in enumerate(shifts.tolist()):
         word |= parts[..., number].int() << shift

@@ -66,22 +66,22 @@ def mma_sparse(a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, positions, ODD: t
 
 
 @triton.jit
-def decode(word, offset0, offset1, BF16: tl.constexpr):
+def decode(word, offset0, offset1, one, BF16: tl.constexpr):
     """Eight codes of four bits as four pairs code − zero, exactly: bits 4 i and 16 + 4 i are pair i.
 
     Or-ed into the mantissa of 1024.0 (128.0 in bfloat16), a code is a number; its offset −(1024 + zero) is added. The odd
     pairs of float16 are read four bits higher, as sixteenfold codes: times 1/16, and their offset is −(64 + zero).
-    Pairs 0 and 2 have the offsets `offset0`, the others `offset1`.
+    Pairs 0 and 2 have the offsets `offset0`, the others `offset1`. `one` is a pair of ones, for bfloat16: as a number that
+    the compiler knows it was put together anew for each product on sm_80, as an argument of the kernel it stays.
     """
     if BF16:
         asm: tl.constexpr = """{
-        .reg .b32 s1, s2, s3, t0, t1, t2, t3, one;
-        mov.b32 one, 0x3f803f80;
+        .reg .b32 s1, s2, s3, t0, t1, t2, t3;
         shr.u32 s1, $4, 4; shr.u32 s2, $4, 8; shr.u32 s3, $4, 12;
         lop3.b32 t0, $4, 0x000f000f, 0x43004300, 0xea; lop3.b32 t1, s1, 0x000f000f, 0x43004300, 0xea;
         lop3.b32 t2, s2, 0x000f000f, 0x43004300, 0xea; lop3.b32 t3, s3, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 $0, t0, one, $5; fma.rn.bf16x2 $1, t1, one, $6;
-        fma.rn.bf16x2 $2, t2, one, $5; fma.rn.bf16x2 $3, t3, one, $6; }"""
+        fma.rn.bf16x2 $0, t0, $7, $5; fma.rn.bf16x2 $1, t1, $7, $6;
+        fma.rn.bf16x2 $2, t2, $7, $5; fma.rn.bf16x2 $3, t3, $7, $6; }"""
     else:
         asm: tl.constexpr = """{
         .reg .b32 s, t0, t1, t2, t3, sixteenth;
@@ -93,8 +93,8 @@ def decode(word, offset0, offset1, BF16: tl.constexpr):
         add.f16x2 $2, t2, $5; fma.rn.f16x2 $3, t3, sixteenth, $6; }"""
     return tl.inline_asm_elementwise(
         asm,
-        "=r,=r,=r,=r,r,r,r",
-        [word, offset0, offset1],
+        "=r,=r,=r,=r,r,r,r,r",
+        [word, offset0, offset1, one],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
         is_pure=True,
         pack=1,

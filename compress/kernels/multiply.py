@@ -1,20 +1,23 @@
 """Cut a product with a packed weight into programs of `compress.kernels.product`, by what was measured on a GPU.
 
-Few rows of x are multiplied by `product_kernel`, some hundred with codes of a dense weight on Hopper by `wide_kernel`;
-for more, the weight is decoded, which another kernel does as fast as memory takes it, and cuBLAS multiplies. Which it
-is, and in which tiles, was measured on an H100 (docs/decisions/015-fragments.md): it changes how long a product takes
-and the order of its sums, no more.
+Few rows of x are multiplied by `product_kernel`. On Hopper some hundred are multiplied by its warp-group product: with
+codes of a dense weight by `wide_kernel`, with 2:4 by `portable_kernel`. For more, the weight is decoded, which another
+kernel does as fast as memory takes it, and cuBLAS multiplies. Which it is, and in which tiles, was measured on an H100
+(docs/decisions/015-fragments.md), except `portable_kernel`, which has not run on a GPU: it changes how long a product
+takes and the order of its sums, no more.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear, pad
 
-from compress.kernels.fragments import restore_up, rows_for
-from compress.kernels.product import arrange_kernel, order_kernel, product_kernel, weight_kernel
+from compress.kernels import multiply_portable
+from compress.kernels.fragments import PACKED_ROWS, ROWS, restore_up
+from compress.kernels.operands import FUSED, of_pairs, order, pointers
+from compress.kernels.product import arrange_kernel, product_kernel, weight_kernel
 from compress.kernels.wide import wide_kernel
 
 if TYPE_CHECKING:
@@ -24,8 +27,9 @@ if TYPE_CHECKING:
 
 # Offsets of a symmetric grid, zero = 8, of the rows g and g + 8 (`instructions.decode`): −1032 and −72, or −136 twice
 MIDDLE = {torch.float16: (-0x1BF71BF8, -0x2B7F2B80), torch.bfloat16: (-0x3CF73CF8, -0x3CF73CF8)}
+ONE = 0x3F803F80  # a pair of ones in bfloat16
 WIDE = (33, 640)  # rows of x that the warp-group product takes; fewer than 65 only of enough rows of W
-FUSED = {"enable_fp_fusion": True}  # a sum and a product are one instruction; from Triton 3.10 on it must be asked for
+EXPANDED = (65, 640)  # rows of x for which, with a warp-group product, 2:4 is expanded in registers
 WARPS = 32  # of a multiprocessor, to share the columns among
 
 
@@ -60,6 +64,7 @@ class WideTile(NamedTuple):
     stages: int
 
 
+EXPANDED_TILE = multiply_portable.Tile(128, 64, 4, 2)
 WIDE_TILES = {33: WideTile(64, 64, 4, 4), 65: WideTile(128, 64, 4, 4)}
 
 
@@ -72,29 +77,19 @@ def wide_for(rows: int, w: Fragments, processors: int) -> WideTile | None:
     return WIDE_TILES[33 if rows <= (128 if few else 64) else 65]
 
 
-def tile_for(rows: int, w: Fragments, in_features: int, processors: int) -> Tile:
+def tile_for(rows: int, w: Fragments, processors: int) -> Tile:
     """The tile for so many rows of x.
 
     Args:
         rows: of x.
         w: the weight.
-        in_features: columns of x; x is put in order where W has more.
         processors: multiprocessors of the GPU.
     """
     sparse, codes = w.positions is not None, w.scale is not None
-    whole = in_features == w.columns
-    steps, busy = w.columns // w.step, w.tiles / processors  # tiles of W for a multiprocessor
-    if rows <= 16:
-        found = _few(rows, busy, steps, sparse, codes)
-        if not whole:
-            found = found._replace(arranged=True)
-    else:
-        found = _many(busy * -(-rows // 32), steps, sparse, codes)
-    while found.tiles > w.tiles:
-        found = found._replace(tiles=found.tiles // 2)
-    while found.along > max(1, steps):
-        found = found._replace(along=found.along // 2)
-    return found
+    steps, busy = w.columns // w.step, w.tiles / max(processors, 8)  # tiles of W for a multiprocessor
+    if rows > 16:
+        return _many(busy * -(-rows // 32), steps, sparse, codes)
+    return _few(rows, busy, steps, sparse, codes)
 
 
 def _few(rows: int, busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
@@ -116,7 +111,7 @@ def _few(rows: int, busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
 def _along(busy: float, steps: int) -> int:
     """Warps that share the columns: not too many at once, each with four steps or more."""
     most = min(16.0, WARPS / busy, steps / 4)
-    return 1 << max(1, int(most).bit_length() - 1)
+    return 1 << max(2, int(most).bit_length() - 1)
 
 
 def _many(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
@@ -131,8 +126,7 @@ def _many(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
         cut = (4, 2, 2) if sparse and codes else (2, 4, 2)
     else:
         cut = (4, 4, 1)
-    eights = 8 if busy >= 50 else 4
-    return Tile(eights, *cut, True, codes, cut[0] < 4 and not (sparse and codes))
+    return Tile(4, *cut, True, codes, cut[0] < 4 and not (sparse and codes))
 
 
 def multiply(
@@ -156,28 +150,34 @@ def multiply(
         processors: multiprocessors of the GPU.
         hopper: whether it has the warp-group product.
     """
-    rows, columns = x.shape
+    rows = x.shape[0]
     if not rows:
         return x.new_empty(0, out_features)
     wide = wide_for(rows, w, processors) if hopper else None
-    if wide is None and rows <= rows_for(sparse=w.positions is not None):
-        return launch(tile_for(rows, w, columns, processors), x, w, out_features, up, dx)
+    whole = w.positions is not None and w.group in (0, w.step)  # smaller groups: up to 20 instructions per weight
+    expanded = hopper and whole and EXPANDED[0] <= rows <= EXPANDED[1]
+    if wide is None and not expanded and rows <= PACKED_ROWS:
+        return launch(tile_for(rows, w, processors), x, w, out_features, up, dx)
     if wide is not None:
         y = launch_wide(wide, x, w, out_features)
+    elif expanded:
+        y = multiply_portable.launch(EXPANDED_TILE, x, w, out_features, masks=False)
     else:
-        y = linear(x, weight(x.dtype, w, out_features, columns))
+        y = decoded(x, w, out_features)
     return y if up is None or dx is None else y.addmm_(dx, restore_up(up, x.dtype)[:out_features].T)
 
 
 def launch(
     tile: Tile, x: Tensor, w: Fragments, out_features: int, up: Tensor | None = None, dx: Tensor | None = None
 ) -> Tensor:
-    """`multiply` by the kernel, cut in this way. Without `tile.arranged` x must have all columns of W."""
+    """`multiply` by the kernel, cut in this way."""
     rows, steps = x.shape[0], w.columns // w.step
+    if not tile.arranged and x.shape[1] < w.columns:
+        x = pad(x, (0, w.columns - x.shape[1]))
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     grid = (-(-w.tiles // (tile.tiles * tile.across)), -(-rows // (8 * tile.eights)))
     product_kernel[grid](
-        arrange(x, w, grid[1] * tile.eights) if tile.arranged else x,
+        arrange(x, w, grid[1], tile.eights) if tile.arranged else x,
         *pointers(w),
         w.words if up is None else up,
         x if dx is None else dx,
@@ -187,21 +187,32 @@ def launch(
         w.tiles,
         steps,
         0 if up is None else up.shape[1],
+        ONE,
         **constants(x.dtype, w),
         **cut(tile, w, branch=up is not None),
         num_warps=tile.across * tile.along,
         num_stages=1,
         **FUSED,
+        **register_options(tile, w),
     )
     return y
 
 
+def register_options(tile: Tile, w: Fragments) -> dict[str, Any]:
+    """What ptxas is told about registers: for more warps on a multiprocessor it spills one or two.
+
+    A maximum that is enough keeps it from that, and from saving registers; the level does where it takes few anyway.
+    """
+    if tile.eights * tile.tiles == 1:
+        return {"maxnreg": 64 if w.offset is None else 72}
+    if tile.eights * tile.tiles == 8 and tile.ahead and w.scale is None:
+        return {"maxnreg": 160}
+    return {"ptx_options": "--register-usage-level=3"}
+
+
 def launch_wide(tile: WideTile, x: Tensor, w: Fragments, out_features: int) -> Tensor:
     """The product x Wᵀ by `wide_kernel`, cut in this way."""
-    rows, blocks = x.shape[0], w.columns // 32
-    x = _of_pairs(x)
-    ordered = torch.empty(rows, w.columns, dtype=x.dtype, device=x.device)
-    order_kernel[(-(-blocks * 16 // 1024), rows)](x, ordered, x.shape[1] // 2, blocks, BLOCK=1024, **FUSED)
+    rows, ordered = x.shape[0], order(x, w)
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     words, _, scale, offset = pointers(w)
     wide_kernel[(-(-rows // tile.rows) * -(-out_features // tile.outputs),)](
@@ -226,15 +237,6 @@ def wide_constants(tile: WideTile, dtype: torch.dtype, w: Fragments) -> dict[str
     """What `wide_kernel` is compiled for."""
     found = {name: value for name, value in constants(dtype, w).items() if name not in ("CODES", "SPARSE", "STEP")}
     return found | {"BM": tile.rows, "BN": tile.outputs, "STAGES": tile.stages}
-
-
-def _of_pairs(x: Tensor) -> Tensor:
-    return pad(x, (0, 1)) if x.shape[1] % 2 else x
-
-
-def pointers(w: Fragments) -> tuple[Tensor, ...]:
-    """The tensors of a weight; where there is none, any other stands."""
-    return w.words, *(w.words if part is None else part for part in (w.positions, w.scale, w.offset))
 
 
 def constants(dtype: torch.dtype, w: Fragments) -> dict[str, int | bool]:
@@ -266,19 +268,39 @@ def cut(tile: Tile, w: Fragments, *, branch: bool) -> dict[str, int | bool]:
     }
 
 
-def arrange(x: Tensor, w: Fragments, eights: int) -> Tensor:
-    """Rows x in the order of the second operand, filled up to so many eights of rows."""
+def arrange(x: Tensor, w: Fragments, programs: int, eights: int) -> Tensor:
+    """Rows x in the order of the second operand, filled up to so many programs with so many eights of rows."""
     blocks = w.columns // 32
-    made = torch.empty(eights, blocks, 256, dtype=x.dtype, device=x.device)
-    rows, x = x.shape[0], _of_pairs(x)
-    grid = (-(-blocks * 128 // 1024), eights)
-    arrange_kernel[grid](x, made, rows, x.shape[1] // 2, blocks, SPARSE=w.positions is not None, BLOCK=1024, **FUSED)
+    made = torch.empty(programs, blocks, eights, 256, dtype=x.dtype, device=x.device)
+    rows, x = x.shape[0], of_pairs(x)
+    grid = (-(-blocks * 128 // 1024), programs * eights)
+    sparse = w.positions is not None
+    arrange_kernel[grid](x, made, rows, x.shape[1] // 2, blocks, eights, SPARSE=sparse, BLOCK=1024, **FUSED)
     return made
 
 
-def weight(dtype: torch.dtype, w: Fragments, out_features: int, in_features: int) -> Tensor:
-    """The weight (out, in) that it stands for, rounded once to `dtype`."""
-    made = torch.empty(16 * w.tiles, w.columns, dtype=dtype, device=w.words.device)
-    steps = w.columns // w.step
-    weight_kernel[(steps, w.tiles)](*pointers(w), made, w.tiles, steps, **constants(dtype, w), num_warps=1, **FUSED)
-    return made[:out_features, :in_features]
+def decoded(x: Tensor, w: Fragments, out_features: int, parts: int = 1) -> Tensor:
+    """The product x Wᵀ by cuBLAS, of a weight that is decoded for it, in so many parts of its rows.
+
+    A part that fits the L2 cache, each in the memory of the one before, need never be written to the GPU's memory; but
+    cuBLAS wants enough rows of it for all multiprocessors.
+    """
+    if parts == 1:
+        return linear(x, weight(x.dtype, w, out_features, x.shape[1]))
+    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
+    each = -(-w.tiles // parts)
+    for first in range(0, w.tiles, each):
+        rows = min(16 * each, out_features - 16 * first)
+        part = weight(x.dtype, w, rows, x.shape[1], first)
+        torch.mm(x, part.T, out=y[:, 16 * first : 16 * first + rows])
+        del part  # the next one gets its memory
+    return y
+
+
+def weight(dtype: torch.dtype, w: Fragments, rows: int, in_features: int, first: int = 0) -> Tensor:
+    """So many rows of the weight, (rows, in), from a tile on, rounded once to `dtype`."""
+    tiles, steps = -(-rows // ROWS), w.columns // w.step
+    made = torch.empty(ROWS * tiles, w.columns, dtype=dtype, device=w.words.device)
+    fixed = constants(dtype, w)
+    weight_kernel[(steps, tiles)](*pointers(w), made, w.tiles, steps, first, **fixed, num_warps=1, **FUSED)
+    return made[:rows, :in_features]

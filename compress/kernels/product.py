@@ -20,7 +20,7 @@ import triton.language as tl
 
 from compress.kernels.instructions import decode, mma, mma_sparse, times, twice
 
-INTEGERS = ["M", "N", "tiles", "steps", "rank"]
+INTEGERS = ["M", "N", "tiles", "steps", "rank", "one"]
 
 
 @triton.jit
@@ -92,21 +92,21 @@ def _read(words, positions, scale, offset, tile, tiles, steps, step, lane,
     within = step if EVEN else tl.minimum(step, steps - 1)
     each: tl.constexpr = (STEP // 128 if CODES else STEP // 32) if SPARSE else STEP // 64
     found = ()
-    for i in tl.static_range(T):
-        at = (tile + i) * steps + within
+    for i in tl.static_range(T):  # in each place, first what is the same in all steps, last what the compiler knows
+        at = (tile + i) * steps
         for c in tl.static_range(each):
-            place = (words + (at * each + c) * 128 + lane * 4)[:, None] + four
+            place = (words + (at * (each * 128) + lane * 4) + within * (each * 128))[:, None] + (four + c * 128)
             if EVEN or CODES:
                 found = found + _four(tl.load(place, cache_modifier=".cg"))
             else:
                 found = found + _four(tl.load(place, mask=(step < steps)[:, None], other=0, cache_modifier=".cg"))
         if SPARSE:
             for c in tl.static_range(STEP // 128):
-                place = (positions + (at * (STEP // 128) + c) * 64 + lane * 2)[:, None] + two
+                place = (positions + (at * (STEP // 2) + lane * 2) + within * (STEP // 2))[:, None] + (two + c * 64)
                 found = found + tl.split(tl.load(place, cache_modifier=".cg"))
         if CODES:
             for q in tl.static_range(STEP // GROUP):
-                place = ((within * (STEP // GROUP) + q) * tiles + tile + i) * 8 + lane // 4
+                place = ((tile + i) * 8 + lane // 4) + (within * (STEP // GROUP) + q) * (tiles * 8)
                 if EVEN:
                     found = found + (tl.load(scale + place),)
                 else:
@@ -121,19 +121,20 @@ def _read_x(x, block, M, steps, step, b, lane, SPARSE: tl.constexpr, STEP: tl.co
             NT: tl.constexpr):  # fmt: skip
     """What a lane needs of x for 32 columns: four pairs of each eight rows."""
     four = tl.arange(0, 4)[None, :]
-    column = tl.minimum(step, steps - 1) * (STEP // 32) + b
+    within = tl.minimum(step, steps - 1)
     found = ()
-    for j in tl.static_range(NT):
+    for j in tl.static_range(NT):  # what is known when it compiles comes last: it becomes the load's own offset
         if ARRANGED:
-            place = ((block + j) * (steps * (STEP // 32)) + column) * 128 + lane * 4
-            found = found + _four(tl.load((x + place)[:, None] + four))
+            place = x + (block * (steps * (STEP * 4)) + lane * 4) + within * (STEP * 4 * NT)
+            found = found + _four(tl.load(place[:, None] + (four + (b * NT + j) * 128)))
         else:
-            place = tl.minimum(8 * (block + j) + lane // 4, M - 1) * (steps * (STEP // 2)) + column * 16
+            row = tl.minimum(8 * (block + j) + lane // 4, M - 1)
+            place = x + (row * (steps * (STEP // 2)) + lane % 4 * (1 if SPARSE else 4)) + within * (STEP // 2)
             if SPARSE:
                 for r in tl.static_range(4):
-                    found = found + (tl.load(x + place + lane % 4 + 4 * r),)
+                    found = found + (tl.load(place + (b * 16 + 4 * r)),)
             else:
-                found = found + _four(tl.load((x + place + 4 * (lane % 4))[:, None] + four))
+                found = found + _four(tl.load(place[:, None] + (four + b * 16)))
     return found
 
 
@@ -152,6 +153,7 @@ def product_kernel(
     tiles,
     steps,
     rank,  # sixteenths of it
+    one,  # for `decode`
     CODES: tl.constexpr,
     SPARSE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -228,7 +230,7 @@ def product_kernel(
                 mine = part[4 * NT * i : 4 * NT * (i + 1)]
                 if SPARSE:
                     if CODES:
-                        a = decode(here[each * i + b], offsets[2 * i], offsets[2 * i + 1], BF16)
+                        a = decode(here[each * i + b], offsets[2 * i], offsets[2 * i + 1], one, BF16)
                         if SCALED:
                             a = _times(a, scales[2 * i], scales[2 * i + 1], BF16)
                     else:
@@ -239,8 +241,8 @@ def product_kernel(
                             a, xs[4 * j : 4 * j + 4], mine[4 * j : 4 * j + 4], where, b % 2, BF16
                         )
                 else:
-                    a = decode(here[each * i + 2 * b], offsets[2 * i], offsets[2 * i + 1], BF16)
-                    c = decode(here[each * i + 2 * b + 1], offsets[2 * i], offsets[2 * i + 1], BF16)
+                    a = decode(here[each * i + 2 * b], offsets[2 * i], offsets[2 * i + 1], one, BF16)
+                    c = decode(here[each * i + 2 * b + 1], offsets[2 * i], offsets[2 * i + 1], one, BF16)
                     if SCALED:
                         a = _times(a, scales[2 * i], scales[2 * i + 1], BF16)
                         c = _times(c, scales[2 * i], scales[2 * i + 1], BF16)
@@ -285,43 +287,50 @@ def product_kernel(
                 tl.store(y + m.to(tl.int64) * N + n, sums.to(y.dtype.element_ty), mask=(m < M) & (n < N))
 
 
-@triton.jit(do_not_specialize=["M", "columns", "blocks"])
-def arrange_kernel(x, made, M, columns, blocks, SPARSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows x (M, columns) of pairs → (eights of rows, blocks of 32 columns, 32 lanes, 4) pairs, filled up with 0."""
+@triton.jit(do_not_specialize=["M", "columns", "blocks", "eights"])
+def arrange_kernel(x, made, M, columns, blocks, eights, SPARSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows x (M, columns) of pairs → (programs, blocks of 32 columns, eights of rows, 32 lanes, 4), filled up with 0.
+
+    The eights of rows of a program are beside each other, so that it needs one pointer for all.
+    """
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     block, lane, r = number // 128, number // 4 % 32, number % 4
     row, t = tl.program_id(1) * 8 + lane // 4, lane % 4
     column = block * 16 + (4 * r + t if SPARSE else 4 * t + r)
     pairs = x.to(tl.pointer_type(tl.int32)) + row.to(tl.int64) * columns + column
     value = tl.load(pairs, mask=(row < M) & (column < columns), other=0)
-    place = tl.program_id(1).to(tl.int64) * (blocks * 128) + number
+    program, eight = tl.program_id(1) // eights, tl.program_id(1) % eights
+    place = (program.to(tl.int64) * blocks + block) * (eights * 128) + eight * 128 + number % 128
     tl.store(made.to(tl.pointer_type(tl.int32)) + place, value, mask=block < blocks)
 
 
 @triton.jit(do_not_specialize=["columns", "blocks"])
-def order_kernel(x, made, columns, blocks, BLOCK: tl.constexpr):
-    """Rows x (M, columns) of pairs → (M, blocks of 32 columns), filled up with 0: in each the columns of fragments."""
+def order_kernel(x, made, columns, blocks, SPARSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows x (M, columns) of pairs → (M, blocks of 32 columns), filled up with 0: in each the columns of fragments.
+
+    Lane t has the columns 8 t to 8 t + 7 of a dense W, of 2:4 every four of 16 columns.
+    """
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     block, word, half, t = number // 16, number // 8 % 2, number // 4 % 2, number % 4
-    column = block * 16 + 4 * t + 2 * word + half
+    column = block * 16 + (8 * word + 2 * t + half if SPARSE else 4 * t + 2 * word + half)
     row = tl.program_id(1).to(tl.int64)
     value = tl.load(x.to(tl.pointer_type(tl.int32)) + row * columns + column, mask=column < columns, other=0)
     tl.store(made.to(tl.pointer_type(tl.int32)) + row * (blocks * 16) + number, value, mask=block < blocks)
 
 
-@triton.jit(do_not_specialize=["tiles", "steps"])
-def weight_kernel(words, positions, scale, offset, w, tiles, steps,
+@triton.jit(do_not_specialize=["tiles", "steps", "first"])
+def weight_kernel(words, positions, scale, offset, w, tiles, steps, first,
                   CODES: tl.constexpr, SPARSE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
                   BF16: tl.constexpr, ZEROS: tl.constexpr, MIDDLE0: tl.constexpr, MIDDLE1: tl.constexpr):  # fmt: skip
-    """The weight (16 tiles, STEP · steps) halves, a tile and a step a program."""
+    """The weight from tile `first` on, (16 programs, STEP · steps) halves, a tile and a step a program."""
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
-    tile, step = tl.program_id(1), tl.program_id(0)
+    tile, step = tl.program_id(1) + first, tl.program_id(0)
     here = _read(words, positions, scale, offset, tile, tiles, steps, step, lane,
                  CODES, SPARSE, ZEROS, GROUP, STEP, 1, True)  # fmt: skip
     words_of_tile: tl.constexpr = (STEP // 32 if CODES else STEP // 8) if SPARSE else STEP // 16
     at: tl.constexpr = words_of_tile + (STEP // 64 if SPARSE else 0)
-    row = (tile * 16 + g).to(tl.int64) * (steps * STEP)
+    row = (tl.program_id(1) * 16 + g).to(tl.int64) * (steps * STEP)
     four = tl.arange(0, 4)[None, :]
     for b in tl.static_range(STEP // 32):
         if CODES and (b * 32) % GROUP == 0:
@@ -334,7 +343,7 @@ def weight_kernel(words, positions, scale, offset, w, tiles, steps,
         column = step * STEP + b * 32
         if SPARSE:
             if CODES:
-                a = _times(decode(here[b], offsets[0], offsets[1], BF16), scales[0], scales[1], BF16)
+                a = _times(decode(here[b], offsets[0], offsets[1], 0x3F803F80, BF16), scales[0], scales[1], BF16)
             else:
                 a = here[4 * b : 4 * b + 4]
             wide = w.to(tl.pointer_type(tl.int64))
@@ -349,8 +358,8 @@ def weight_kernel(words, positions, scale, offset, w, tiles, steps,
                 value = (low << (16 * (two & 3)).to(tl.int64)) | (high << (16 * (two >> 2)).to(tl.int64))
                 tl.store(wide + (row + 8 * (r % 2) * (steps * STEP) + column + 16 * (r // 2)) // 4 + t, value)
         else:
-            a = _times(decode(here[2 * b], offsets[0], offsets[1], BF16), scales[0], scales[1], BF16)
-            c = _times(decode(here[2 * b + 1], offsets[0], offsets[1], BF16), scales[0], scales[1], BF16)
+            a = _times(decode(here[2 * b], offsets[0], offsets[1], 0x3F803F80, BF16), scales[0], scales[1], BF16)
+            c = _times(decode(here[2 * b + 1], offsets[0], offsets[1], 0x3F803F80, BF16), scales[0], scales[1], BF16)
             for r in tl.static_range(2):
                 value = tl.join(tl.join(a[r], c[r]), tl.join(a[2 + r], c[2 + r]))
                 place = (row + 8 * r * (steps * STEP) + column) // 2 + 4 * t

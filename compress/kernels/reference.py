@@ -45,6 +45,7 @@ class Decoded(Kernel):
 
     name: ClassVar[str] = "decoded"
     moves: ClassVar[bool] = True
+    fallback: ClassVar[bool] = True
     weight: Tensor
 
     def __init__(self, layout: Layout, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -61,7 +61,7 @@ def wide_kernel(
             z0, z1 = twice(tl.load(offset + pair + group))
         else:
             z0, z1 = tl.full(s0.shape, MIDDLE0, tl.int32), tl.full(s0.shape, MIDDLE1, tl.int32)
-        a0, a1, a2, a3 = decode(tl.load(word + step * 128), z0[:, :, None], z1[:, :, None], BF16)
+        a0, a1, a2, a3 = decode(tl.load(word + step * 128), z0[:, :, None], z1[:, :, None], 0x3F803F80, BF16)
         first = tl.join(_halves(times(a0, s0[:, :, None], BF16), HALF), _halves(times(a1, s1[:, :, None], BF16), HALF))
         second = tl.join(_halves(times(a2, s0[:, :, None], BF16), HALF), _halves(times(a3, s1[:, :, None], BF16), HALF))
         a = tl.reshape(

@@ -104,10 +104,12 @@ def mma_sparse(*registers: Any) -> tuple[Any, ...]:
     return _sum(a, _second(tuple(parts[4:8]), bf16), tuple(parts[8:12]))
 
 
-def decode(word: Any, offset0: Any, offset1: Any, bf16: Any) -> tuple[Any, ...]:
+def decode(word: Any, offset0: Any, offset1: Any, one: Any, bf16: Any) -> tuple[Any, ...]:
     """By the bits that the text names, and the numbers that they are."""
     word, found = _array(word), []
     wide = not getattr(bf16, "value", bf16)
+    one = getattr(one, "value", one)  # a number in the kernel, or its argument
+    assert wide or (one if isinstance(one, int) else one.handle.data.item()) == 0x3F803F80, "a pair of ones"
     for number in range(4):
         bits = np.stack(((word >> (4 * number)) & 15, (word >> (16 + 4 * number)) & 15), -1).astype(np.float64)
         # odd pairs of float16 are sixteenfold in the mantissa of 1024, times 1/16

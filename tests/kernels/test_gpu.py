@@ -91,7 +91,7 @@ def test_fewer_bits_are_the_same_weights(bits: int) -> None:
     assert torch.equal(again.dequantize(torch.float32), grid.dequantize(torch.float32))
 
 
-@pytest.mark.parametrize("kind", list(bench.KERNELS))
+@pytest.mark.parametrize("kind", ["int4", "sparse24", "sparse24_int4"])
 def test_the_operator_is_one_for_torch_compile(kind: str) -> None:
     """Its schema, its shapes without data, and what it changes: nothing."""
     kernel, _, _ = bench.kernel_of(kind, bench.Case(24, 64, group=32, rank=16), torch.float16, "cpu")
@@ -129,6 +129,20 @@ def test_the_check_for_gpus_passes_when_interpreted(kind: str) -> None:
     found = bench.check(kind, torch.float16, "cpu", cases)
     assert [line["rows"] for line in found] == [1, 17] * 2
     assert all(0 < line["error"] <= 2**-9 for line in found)
+
+
+@pytest.mark.parametrize("kind", ["int4", "sparse24", "sparse24_int4"])
+@pytest.mark.parametrize("rows", [16, 70, 1024])
+def test_all_ways_multiply_alike(kind: str, rows: int) -> None:
+    """Those that are timed on a GPU to choose among them."""
+    kernel, weight, _ = bench.kernel_of(kind, bench.Case(72, 64, group=32, symmetric=False), torch.float16, "cpu")
+    x = torch.randn(rows, 64).half()
+    wanted = x.double() @ weight.double().T
+    found = bench.ways(rows, bench.fragments_of(kernel), 132, hopper=True)
+    assert len(found) == {16: 2, 70: 3 if kind == "int4" else 6, 1024: 5}[rows]
+    for name, way in found.items():
+        y = way(x, bench.fragments_of(kernel), 72)
+        assert float((y.double() - wanted).abs().max()) <= 2**-9 * float(wanted.abs().max()), name
 
 
 def test_a_check_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
