@@ -30,6 +30,7 @@ MIDDLE = {torch.float16: (-0x1BF71BF8, -0x2B7F2B80), torch.bfloat16: (-0x3CF73CF
 ONE = 0x3F803F80  # a pair of ones in bfloat16
 WIDE = (33, 640)  # rows of x that the warp-group product takes; fewer than 65 only of enough rows of W
 EXPANDED = (65, 640)  # rows of x for which, with a warp-group product, 2:4 is expanded in registers
+RAN = False  # whether a GPU has run that: until then `bench --check` compares and times it, and nothing chooses it
 WARPS = 32  # of a multiprocessor, to share the columns among
 
 
@@ -155,7 +156,7 @@ def multiply(
         return x.new_empty(0, out_features)
     wide = wide_for(rows, w, processors) if hopper else None
     whole = w.positions is not None and w.group in (0, w.step)  # smaller groups: up to 20 instructions per weight
-    expanded = hopper and whole and EXPANDED[0] <= rows <= EXPANDED[1]
+    expanded = RAN and hopper and whole and EXPANDED[0] <= rows <= EXPANDED[1]
     if wide is None and not expanded and rows <= PACKED_ROWS:
         return launch(tile_for(rows, w, processors), x, w, out_features, up, dx)
     if wide is not None:

@@ -54,8 +54,11 @@ def test_products_are_those_in_float64(
 @pytest.mark.parametrize(
     ("group", "symmetric", "width"), [(128, True, 256), (32, False, 192), (64, False, 192), (-1, False, 200)]
 )
-def test_it_reads_what_is_arranged_for_other_kernels(kind: str, group: int, symmetric: bool, width: int) -> None:
+def test_it_reads_what_is_arranged_for_other_kernels(
+    kind: str, group: int, symmetric: bool, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Positions in place of masks, offsets in place of zero-points: 2:4 of some hundred rows on Hopper."""
+    monkeypatch.setattr(multiply, "RAN", True)
     out, rows = 40, 66
     weight, exact = weight_of(kind, out, width, torch.float16, 3, group, symmetric=symmetric)
     x, dx, up = (torch.randn(shape).half() for shape in ((rows, width), (rows, 16), (out, 16)))
