@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from compress.calibration.moments import Moments, Statistics  # noqa: E402
-from compress.distributed import Job, spread  # noqa: E402
+from compress.distributed import Job, assign  # noqa: E402
 from compress.passes import GPTQ, EoRA, LinearState, SparseGPT  # noqa: E402
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def costs(shape: Shape, processes: int, rates: dict[str, float], network: float)
         )
         for subset, out, width in shape.linears
     ]
-    owners = spread(jobs, processes)
+    owners = assign(jobs, processes)
     loads = []
     for rank in range(processes):
         mine = [job for job, owner in zip(jobs, owners, strict=True) if owner == rank]

@@ -160,7 +160,7 @@ class Job:
     setup: float = 0.0
 
 
-def spread(jobs: list[Job], size: int) -> list[int]:
+def assign(jobs: list[Job], size: int) -> list[int]:
     """Which of `size` processes does each job, so that the busiest has little.
 
     The longest-processing-time rule (Graham, 1969), the costliest first, each where it would be done soonest; once for

@@ -15,7 +15,7 @@ from compress.architecture import of_block
 from compress.calibration.collect import BlockStatistics
 from compress.calibration.moments import Moments, Statistics
 from compress.checkpoint import DTYPES, Shard, lay_out, slots_of, write_shard
-from compress.distributed import Job, spread
+from compress.distributed import Job, assign
 from compress.errors import CompressError
 from compress.flows import Flows
 from compress.invariants import check_invariants
@@ -135,7 +135,7 @@ class Sweep:
     ) -> list[LedgerLine]:
         """Compress the linears of subsets whose inputs are known, each in one of the processes, for all of them."""
         todo = [linear for subset in group for linear in subset if self.lock.linear_passes(linear, self.number)]
-        owners = spread([self._job(linear) for linear in todo], self.run.world.size)
+        owners = assign([self._job(linear) for linear in todo], self.run.world.size)
         mine = {linear.name for linear, owner in zip(todo, owners, strict=True) if owner == self.run.world.rank}
         lines: dict[str, list[LedgerLine]] = {}
         for subset in group:

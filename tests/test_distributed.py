@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.distributed import Job, Share, World, spread
+from compress.distributed import Job, Share, World, assign
 from compress.export.reader import open_model
 from compress.report import load_report
 from tests.conftest import ROOT, files_of, tiny_directory
@@ -324,8 +324,8 @@ def test_two_hosts_share_a_disk_and_a_network(hosts: None, tmp_path: Path) -> No
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 3))
 def test_work_is_spread_within_the_bound_of_the_longest_first_rule(costs: list[int], size: int) -> None:
-    """Graham (1969): the busiest process has at most 4/3 − 1/(3 m) of what the best of all spreads gives it."""
-    owners = spread([Job(n, cost) for n, cost in enumerate(costs)], size)
+    """Graham (1969): the busiest process has at most 4/3 − 1/(3 m) of what the best of all ways gives it."""
+    owners = assign([Job(n, cost) for n, cost in enumerate(costs)], size)
     loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
     best = min(
         max(sum(cost for cost, owner in zip(costs, some, strict=True) if owner == rank) for rank in range(size))
@@ -336,7 +336,7 @@ def test_work_is_spread_within_the_bound_of_the_longest_first_rule(costs: list[i
 
 def test_jobs_of_a_group_stay_together_where_their_setup_costs_more_than_waiting() -> None:
     jobs = [Job("a", 1.0, 10.0), Job("a", 1.0, 10.0), Job("b", 1.0, 10.0), Job("b", 1.0, 10.0)]
-    owners = spread(jobs, 2)
+    owners = assign(jobs, 2)
     assert owners[0] == owners[1] != owners[2] == owners[3]
 
 
