@@ -365,7 +365,7 @@ def test_a_stopped_run_goes_on(stop: tuple[int, int], tmp_path: Path, monkeypatc
     tiny_directory(tmp_path / "model", "llama", blocks=3)
     carried_out(tmp_path, CHANNELS.replace("wanda", "obs") + SPARSE)
     (tmp_path / "out").rename(tmp_path / "reference")
-    original, blocks = Sweep._block, []
+    original, blocks = Sweep.block, []
 
     def watched(self: Sweep, index: int, *arguments: Any) -> Any:
         if (self.number, index) == stop and not blocks:
@@ -373,7 +373,7 @@ def test_a_stopped_run_goes_on(stop: tuple[int, int], tmp_path: Path, monkeypatc
         return original(self, index, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sweep, "_block", watched)
+        patch.setattr(Sweep, "block", watched)
         with pytest.raises(Interrupted):
             compress.run(load_plan(tmp_path / "plan.toml"))
     assert compress.run(load_plan(tmp_path / "plan.toml")).resumed == 1

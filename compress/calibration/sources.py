@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from compress.calibration.rows import check_regular, decode, json_rows, modest, parquet_rows, read, unreadable
+from compress.calibration.rows import check_regular, decode, modest, parquet_rows, read, unreadable
+from compress.calibration.rows import json_rows as json_rows  # tasks read files by it; see compress.evals.tasks
 from compress.errors import PlanError, nearest
 from compress.limits import GIB, each_within
 

@@ -203,7 +203,7 @@ CHOICES = [
     (GridSpec(4, 128), "cpu", torch.float32, "decoded", "int8 and int4: computes in bfloat16, too coarse for float32"),
     (GridSpec(4, 48), "cpu", torch.bfloat16, "decoded", "int4: 32 does not divide groups of 48 columns"),
     (NORMAL, "cpu", torch.bfloat16, "decoded", "NormalFloat values are not evenly spaced"),
-    (GridSpec(4, 128), "cuda", torch.bfloat16, "decoded", "triton-int4: torch finds no GPU"),
+    (GridSpec(4, 128), "cuda", torch.bfloat16, "decoded", "triton-int4 and triton-portable: torch finds no GPU"),
     (None, "cpu", torch.bfloat16, "decoded", "decoded to bfloat16 at load (int8 and int4: there are no codes)"),
 ]
 

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.calibration import rows as readers
 from compress.calibration import sources
 from compress.errors import PlanError, nearest
 
@@ -35,7 +34,7 @@ def rows(file: str | None = None, fields: Iterable[str] = (), **_: Any) -> dict[
         PlanError: a row lacks a field, or its index leads nowhere; with file and line.
     """
     path = Path(_given(file))
-    return _split([_row(row, fields, where) for where, row in readers.json_rows(path)], str(path))
+    return _split([_row(row, fields, where) for where, row in sources.json_rows(path)], str(path))
 
 
 def _row(row: Any, fields: Iterable[str], where: str) -> dict[str, Any]:
