@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path, default=HERE / "results" / "compare.json")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--ways", nargs="+", choices=OURS, default=list(OURS), help="to run ours")
     parser.add_argument("--model", type=Path, default=HERE.parent / "examples" / "reference")
     parser.add_argument("--text", type=Path)
     for hidden in ("--steps", "--output", "--one"):
@@ -145,7 +146,7 @@ def main() -> None:
         for case, steps in CASES.items():
             if arguments.only not in case:
                 continue
-            tools = [way for way in OURS if applies(way, steps)]
+            tools = [way for way in arguments.ways if applies(way, steps)]
             tools += [PEER] if arguments.peer and not any(step.startswith("eora") for step in steps) else []
             runs: dict[str, list[dict]] = {tool: [] for tool in tools}
             outputs = {tool: Path(folder, str(number)) for number, tool in enumerate(tools)}
@@ -168,7 +169,11 @@ def main() -> None:
                 )
     show(rows, arguments)
     if arguments.json:
-        result = {"command": "python benchmarks/compare.py", "threads": arguments.threads, "rows": rows}
+        result = {
+            "command": "python benchmarks/compare.py " + " ".join(sys.argv[1:]),
+            "threads": arguments.threads,
+            "rows": rows,
+        }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
