@@ -14,7 +14,7 @@ from compress.training_store import TrainingStore
 if TYPE_CHECKING:
     from compress.adapting import AdaptedLinear
     from compress.distributed import World
-    from compress.stream import Activations
+    from compress.flows import Activations
     from compress.sweep import Sweep
 
 

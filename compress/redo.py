@@ -16,7 +16,7 @@ from compress.checkpoint import Shard, lay_out, read_file, slots_of, write_shard
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.stream import Activations
+    from compress.flows import Activations
     from compress.sweep import Sweep
 
 

@@ -1,4 +1,4 @@
-"""One block of the model at a time: the skeleton that stands in for the rest, and the activations between blocks.
+"""One block of the model at a time: the skeleton that stands in for the rest.
 
 The skeleton is the model's own transformers class on the meta device, with its decoder blocks replaced by stubs. Run
 once on a batch of the right shape, it hands each stub exactly the arguments that the real block would get (masks,
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,7 @@ from compress.hub import empty_model
 from compress.model_files import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from compress.architecture import Architecture
 
@@ -323,83 +322,3 @@ class Skeleton:
     def _blank(self, rows: int, length: int) -> Tensor:
         width = self.model.get_input_embeddings().embedding_dim
         return torch.zeros(rows, length, width, device=self.device, dtype=self.dtype)
-
-
-class Activations:
-    """Hidden states between two blocks, batch by batch: on disk, and in memory too if they fit.
-
-    The file holds the raw values in order; the journal keeps it verbatim, so that a resumed run is bit-identical.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        shapes: list[tuple[int, int, int]],
-        dtype: torch.dtype,
-        *,
-        keep: bool,
-        later: Callable[..., object] | None = None,
-    ) -> None:
-        """Describe the file; nothing is read or written yet.
-
-        Args:
-            path: of the file.
-            shapes: (rows, length, hidden) of each batch.
-            dtype: of the values.
-            keep: hold a copy in memory.
-            later: runs a function with arguments in another thread, in the order of the calls; only with `keep`.
-        """
-        self.path, self.shapes, self.dtype, self.keep = path, shapes, dtype, keep
-        self._later = later if keep and later else lambda function, *arguments: function(*arguments)
-        self._held: list[Tensor | None] = [None] * len(shapes)
-        self._file: BinaryIO | None = None
-        self._hash = hashlib.sha256()
-        self._written = 0
-
-    def put(self, batch: int, hidden: Tensor) -> None:
-        """Append a batch; batches come in order."""
-        assert batch == self._written
-        assert tuple(hidden.shape) == self.shapes[batch]
-        self._later(self._write, hidden)
-        self._written += 1
-        if self.keep:
-            self._held[batch] = hidden
-
-    def _write(self, hidden: Tensor) -> None:
-        if self._file is None:
-            self._file = self.path.open("wb")
-        data = raw_bytes(hidden)
-        self._hash.update(data)
-        self._file.write(data)
-
-    def close(self) -> None:
-        """No more batches. Durability is the journal's business."""
-        self._later(self._close)
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    @property
-    def entry(self) -> dict[str, str]:
-        """What a journal says of the file: its name, and the SHA-256 of what was written."""
-        return {"file": self.path.name, "sha256": self._hash.hexdigest()}
-
-    def get(self, batch: int, device: torch.device, *, last: bool = False) -> Tensor:
-        """One batch, (rows, length, hidden). `last`: it is not asked for again, so memory may let it go."""
-        hidden = self._held[batch]
-        if hidden is None:
-            size = self.dtype.itemsize
-            offset = sum(r * n * h for r, n, h in self.shapes[:batch]) * size
-            count = int(torch.Size(self.shapes[batch]).numel())
-            flat = torch.empty(count, dtype=self.dtype)
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                if file.readinto(raw_bytes(flat)) != count * size:
-                    fix = "run the same command again"
-                    raise RunError(f"batch {batch} is truncated", where=str(self.path), fix=fix)
-            hidden = flat.view(self.shapes[batch])
-        if last:
-            self._held[batch] = None
-        return hidden.to(device)

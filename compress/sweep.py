@@ -29,9 +29,9 @@ from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
 from compress.walk import Walk
 
 if TYPE_CHECKING:
+    from compress.flows import Activations
     from compress.lock import Linear, Lock
     from compress.pipeline import Execution
-    from compress.stream import Activations
 
 Surveyed = dict[int, dict[str, dict[str, Any]]]  # settings that surveys found, by pass and linear
 

@@ -25,7 +25,8 @@ from compress.errors import RunError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from compress.stream import Activations, Call
+    from compress.flows import Activations
+    from compress.stream import Call
 
 # Tokens per forward, by device: enough for the matrix products to be efficient, few enough to stay in cache.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}

@@ -21,8 +21,8 @@ import compress
 from compress import outcome
 from compress.calibration.tokens import TokenSet
 from compress.errors import CompressError, OutputError, RunError
+from compress.flows import Activations
 from compress.journal import Workspace
-from compress.stream import Activations
 from compress.sweep import Sweep
 from tests.conftest import files_of, some_text, tiny_directory
 from tests.crash import COMMITS, EVERYTHING, Runner

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from compress.architecture import architecture_for
 from compress.checkpoint import Checkpoint, read_header
 from compress.errors import ModelError, RunError
 from compress.hub import load_config
-from compress.stream import Activations, Skeleton
+from compress.stream import Skeleton
 from tests.models import FAMILIES, GROUPED, VOCABULARY, WINDOW, save_tiny
 
 if TYPE_CHECKING:
@@ -223,31 +222,3 @@ def test_the_bytes_of_a_block_are_what_the_system_is_to_read_ahead(
     assert {advice for *_, advice in asked} == {os.POSIX_FADV_WILLNEED}
     starts = {info.start: info.name for info in read_header(tmp_path / "model.safetensors")}
     assert {starts[start] for start, *_ in asked} == set(skeleton.block_parameters(1))
-
-
-# --- activations ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_activations_come_back_bit_for_bit(tmp_path: Path, keep: bool, dtype: torch.dtype) -> None:
-    shapes = [(3, 5, 8), (3, 5, 8), (1, 5, 8)]
-    written = [torch.randn(shape).to(dtype) for shape in shapes]
-    flow = Activations(tmp_path / "a", shapes, dtype, keep=keep)
-    for batch, hidden in enumerate(written):
-        flow.put(batch, hidden)
-    flow.close()
-    reread = Activations(tmp_path / "a", shapes, dtype, keep=False)
-    for source in (flow, reread):
-        for batch in (2, 0, 1, 1):
-            assert torch.equal(source.get(batch, CPU), written[batch])
-    assert torch.equal(flow.get(1, CPU, last=True), written[1])
-    assert flow._held[1] is None
-    assert flow.entry["sha256"] == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
-
-
-def test_truncated_activations_are_refused(tmp_path: Path) -> None:
-    shapes = [(2, 3, 4)]
-    (tmp_path / "a").write_bytes(b"\0" * 95)
-    with pytest.raises(RunError, match="batch 0 is truncated"):
-        Activations(tmp_path / "a", shapes, torch.float32, keep=False).get(0, CPU)

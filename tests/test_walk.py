@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import compress
+from compress.flows import Activations
 from compress.passes import Magnitude, SparseGPT, Wanda
-from compress.stream import Activations
 from compress.walk import BATCH_TOKENS, Walk, batch_rows
 from tests.conftest import tiny_directory
 from tests.models import FAMILIES, save_tiny

@@ -27,8 +27,9 @@ from compress.calibration.tokens import eval_stream
 from compress.errors import PlanError
 from compress.evals.results import Divergence
 from compress.export.reader import open_model
+from compress.flows import Activations
 from compress.report import EvaluationLine, TextScore
-from compress.stream import Activations, Skeleton
+from compress.stream import Skeleton
 from compress.walk import batch_rows
 
 if TYPE_CHECKING:
