@@ -33,7 +33,7 @@ EVERYTHING = [
     "compress.export.scales:write_shard",
     "os:fsync",
     "compress.checkpoint:raw_bytes",
-    "compress.stream:Activations._write",
+    "compress.flows:Activations._write",
     "compress.calibration.tokens:TokenSet.save",
     "pathlib:Path.rename",
     "pathlib:Path.replace",
