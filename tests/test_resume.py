@@ -338,7 +338,7 @@ def test_a_kill_on_the_way_to_a_damaged_block(runner: Runner, folder: Path, monk
     work = interrupt(folder, monkeypatch, 1, 1)
     kept = folder.parent / f"{folder.name}-kept"
     shutil.copytree(work, kept)
-    points = ["compress.redo:write_shard", "compress.stream:Activations._close", "pathlib:Path.unlink"]
+    points = ["compress.redo:write_shard", "compress.flows:Activations._close", "pathlib:Path.unlink"]
     deaths = 0
     for at in range(30):
         start_over(folder)
