@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.kernels.choose import Choice, Kernels, choose
+from compress.kernels.reference import Decoded
 
 if TYPE_CHECKING:
     from compress.kernels.kernel import Kernel
@@ -25,6 +26,7 @@ class PackedLinear(nn.Module):
         layout: of the linear.
         dtype: of activations.
         kernel: None until `settle`.
+        plain: what multiplies more rows than `choice.most_rows`, if anything.
         choice: which kernel, and why.
     """
 
@@ -41,6 +43,7 @@ class PackedLinear(nn.Module):
         room = nn.Parameter(torch.empty(layout.out_features, dtype=dtype), requires_grad=False) if bias else None
         self.register_parameter("bias", room)
         self.kernel: Kernel | None = None
+        self.plain: Kernel | None = None
         if "weight" not in self._buffers:
             # transformers' GPT-2 initializes the weights of some linears whatever they are; what is marked, it leaves.
             self.weight = torch.empty(0)
@@ -63,6 +66,7 @@ class PackedLinear(nn.Module):
         try:
             self.layout.check({suffix: (part.dtype, tuple(part.shape)) for suffix, part in held.items()})
             self.kernel = self.choice.kernel(self.layout, held, self.dtype)
+            self.plain = Decoded(self.layout, held, self.dtype) if self.choice.most_rows else None
         except ValueError as error:
             raise ModelError(str(error), where=name, fix="copy the model again; its weights are damaged") from None
         for suffix in parts:
@@ -73,7 +77,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
         assert self.kernel is not None, "settle comes first"
-        y: Tensor = self.kernel(x.reshape(-1, self.in_features))  # (rows, out)
+        rows = x.reshape(-1, self.in_features)
+        few = self.choice.most_rows is None or len(rows) <= self.choice.most_rows
+        kernel = self.kernel if few or self.plain is None else self.plain
+        y: Tensor = kernel(rows)  # (rows, out)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)

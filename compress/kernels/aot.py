@@ -34,7 +34,8 @@ from triton.compiler import ASTSource
 from compress.kernels import multiply_portable
 from compress.kernels.fragments import PACKED_ROWS, Fragments
 from compress.kernels.multiply import (
-    EXPANDED_TILE,
+    FEW_TILE,
+    LARGE_TILE,
     WIDE_TILES,
     Tile,
     WideTile,
@@ -55,14 +56,12 @@ if TYPE_CHECKING:
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KINDS = ("int4", "sparse24", "sparse24_int4")
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+FROM_REGISTERS = r"wgmma\.mma_async[^;]*\},\s*\{[^}]*\},"  # a warp-group product whose first operand is there
 PROCESSORS = (40, 84, 108, 132)  # multiprocessors of GPUs, an L4's to an H100's
 
 
 class Configuration(NamedTuple):
-    """One specialization of a kernel: "product", "weight", "wide", "expanded", "portable" or "portable_weight".
-
-    "expanded" is the portable kernel, of a weight that is arranged for "product".
-    """
+    """One specialization of a kernel: "product", "weight", "wide", "portable" or "portable_weight"."""
 
     kernel: str
     kind: str
@@ -114,7 +113,6 @@ def usual(arch: int) -> Iterator[Configuration]:
     yield Configuration("portable_weight", KINDS[2], "fp16", offsets=True)
     if arch == 90:
         yield Configuration("wide", "int4", "fp16", WIDE_TILES[65])
-        yield Configuration("expanded", KINDS[2], "fp16", EXPANDED_TILE)
 
 
 def every(arch: int) -> Iterator[Configuration]:
@@ -133,13 +131,9 @@ def every(arch: int) -> Iterator[Configuration]:
                 yield Configuration("portable", kind, half, portable, least, offsets=codes)
         yield Configuration("portable_weight", kind, "fp16", group=least, offsets=codes)
     if arch == 90:
-        for wide, half in product(WIDE_TILES.values(), HALVES):
+        for wide, half in product({FEW_TILE, LARGE_TILE, *WIDE_TILES.values()}, HALVES):
             yield Configuration("wide", "int4", half, wide)
             yield Configuration("wide", "int4", half, wide, 64, offsets=True)
-        for half in HALVES:
-            yield Configuration("expanded", KINDS[1], half, EXPANDED_TILE)
-            yield Configuration("expanded", KINDS[2], half, EXPANDED_TILE)
-            yield Configuration("expanded", KINDS[2], half, EXPANDED_TILE, offsets=True)
 
 
 class Job(NamedTuple):
@@ -151,37 +145,37 @@ class Job(NamedTuple):
     weights: float
 
 
-def job_of(one: Configuration) -> Job:
+def job_of(one: Configuration, arch: int) -> Job:
     """The kernel of a configuration, as it is launched."""
     weight = fragments(one.kind, 4096, 4096, one.group, offsets=one.offsets)
-    fixed, tile = constants(HALVES[one.half], weight), one.tile
+    fixed, tile = constants(HALVES[one.half], weight) | {"DEPENDENT": arch >= 90}, one.tile
     if isinstance(tile, Tile):
         fixed |= cut(tile, weight, branch=one.branch) | {"EVEN": one.even}
         options = {"num_warps": tile.across * tile.along, "num_stages": 1} | FUSED | register_options(tile, weight)
         return Job(product_kernel, fixed, options, weight.step * 16 * tile.tiles / 32)
     if tile is None:
-        portable = one.kernel == "portable_weight"
-        if portable:
+        if one.kernel == "portable_weight":
             fixed = multiply_portable.constants(weight)
-        return Job(portable_weight_kernel if portable else weight_kernel, fixed, {"num_warps": 1} | FUSED, 0)
+            return Job(portable_weight_kernel, fixed, {"num_warps": 1} | FUSED, 0)
+        return Job(weight_kernel, fixed, {"num_warps": 1} | FUSED, 0)
     options = {"num_warps": tile.warps, "num_stages": tile.stages} | FUSED
     if isinstance(tile, WideTile):
         fixed = wide_constants(tile, HALVES[one.half], weight)
         return Job(wide_kernel, fixed, options, 64 * tile.outputs / (32 * tile.warps))
-    fixed = multiply_portable.constants(weight, masks=one.kernel == "portable") | multiply_portable.cut(tile)
+    fixed = multiply_portable.constants(weight) | multiply_portable.cut(tile)
     return Job(portable_kernel, fixed, options, weight.step * tile.outputs / (32 * tile.warps))
 
 
 def identity(one: Configuration, arch: int) -> dict[str, Any]:
     """What a configuration is compiled from: its line begins so."""
-    kernel, _, options, _ = job_of(one)
+    kernel, _, options, _ = job_of(one, arch)
     tile = one.tile and one.tile._asdict()
     return {"arch": arch, **one._asdict(), "tile": tile, "options": options, "source": kernel.cache_key[:16]}
 
 
 def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
     """Compile a configuration for sm_`arch`, and measure its machine code."""
-    kernel, fixed, options, weights = job_of(one)
+    kernel, fixed, options, weights = job_of(one, arch)
     names = list(kernel.arg_names)
     pointers = dict.fromkeys(("x", "dx", "y", "w"), f"*{one.half}") | {"sums": "*fp32"}
     pointers |= dict.fromkeys(("words", "positions", "kept", "scale", "offset", "zeros", "up"), "*i32")
@@ -190,7 +184,11 @@ def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
             kernel,
             {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in names},
             {(names.index(name),): value for name, value in fixed.items()},
-            {(number,): [["tt.divisibility", 16]] for number, name in enumerate(names) if name in pointers},
+            {
+                (number,): [["tt.divisibility", 16]]
+                for number, name in enumerate(names)
+                if name in pointers or (kernel is wide_kernel and name == "N")
+            },
         ),
         target=GPUTarget("cuda", arch, 32),
         options=options,
@@ -200,8 +198,10 @@ def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
     found |= {"registers": registers, "stack_bytes": stack, "shared_bytes": made.metadata.shared}
     if weights:
         found["instructions_per_weight"] = loop / weights
+    if re.search(FROM_REGISTERS, made.asm["ptx"]):
+        found["awaited"] = re.findall(r"wgmma\.wait_group[^;]*(\d+);", made.asm["ptx"])
     if one.kernel == "wide":  # which asks no layout, but must not put W into shared memory
-        found["from_registers"] = bool(re.search(r"wgmma\.mma_async[^;]*\},\s*\{[^}]*\},", made.asm["ptx"]))
+        found["from_registers"] = "awaited" in found
     elif one.kernel in ("product", "weight"):
         warps = options["num_warps"]
         found["one_value_a_thread"] = layouts(made.asm["ttgir"]) == {f"[1] [32] [{warps}] [0]"}

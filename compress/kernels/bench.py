@@ -1,13 +1,12 @@
 """Check the Triton kernels against float64 on the GPU at hand, and time them beside torch's own.
 
-    python -m compress.kernels.bench [--check] [--json OUT]
+    python -m compress.kernels.bench [--check] [--ways] [--json OUT]
 
-With `--check` it compares, and times only the ways among which `compress.kernels.multiply` chooses, some of which have
-not run on a GPU yet: some minutes. Without, it times all kernels. Times are of CUDA graphs that go through copies of
-the weight larger than the L2 cache together: medians of replays. Beside ours are cuBLAS in float16, torch's int4
-operator for GPUs (`_weight_int4pack_mm`, in bfloat16) and its semi-structured one (cuSPARSELt); the bandwidths of
-copying and of reading are of the same run. OUT is written anew with each result, so that one that is stopped keeps
-what there was.
+With `--check` it first compares: a minute. Times are of CUDA graphs that go through copies of the weight larger than
+the L2 cache together: medians of replays. Beside ours are cuBLAS in float16, torch's int4 operator for GPUs
+(`_weight_int4pack_mm`, in bfloat16) and its semi-structured one (cuSPARSELt); the bandwidths of copying and of reading
+are of the same run. With `--ways` it times, in place of these, the ways among which `compress.kernels.multiply`
+chooses. OUT is written anew with each result, so that one that is stopped keeps what there was.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     Way = Callable[[Tensor, Fragments, int], Tensor]
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))  # (out, in)
-ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 4096)
+ROWS = (1, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 CACHE = 192 << 20  # bytes of copies that no L2 cache holds
 KERNELS: dict[str, type[Triton]] = {"int4": TritonInt4, "sparse24": TritonSparse24, "sparse24_int4": TritonSparse24Int4}
 KERNELS |= {f"portable_{kind}": TritonPortable for kind in KERNELS}
@@ -64,6 +63,7 @@ CASES = (
     Case(96, 256, group=32),
     Case(72, 200, group=-1, symmetric=False, rank=16, rows=(1, 9, 33)),  # no whole steps
     Case(8, 64, group=32),
+    Case(4096, 4096, rows=(16, 48, 128, 640)),  # more programs than multiprocessors
 )
 
 
@@ -120,21 +120,22 @@ def check(kind: str, dtype: torch.dtype, device: str = "cuda", cases: tuple[Case
             fix = "report it with the name of the GPU"
             if not error <= TOLERANCE[dtype]:
                 raise RunError(f"{found[-1]} is above {TOLERANCE[dtype]:g}", fix=fix)
-            again = replayed(partial(kernel, x)) if device == "cuda" else kernel(x)
-            if not torch.equal(y, again):
+            repeats = replayed(partial(kernel, x)) if device == "cuda" else [kernel(x)]
+            if not all(torch.equal(y, again) for again in repeats):
                 raise RunError(f"{line}: the same product has other bits", fix=fix)
     return found
 
 
-def replayed(call: Callable[[], Tensor]) -> Tensor:
-    """What a call gives in a CUDA graph."""
+def replayed(call: Callable[[], Tensor], times: int = 8) -> Iterator[Tensor]:
+    """What a call gives in a CUDA graph, so many times."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = call()
-    found.fill_(float("nan"))
-    graph.replay()
-    torch.cuda.synchronize()
-    return found
+    for _ in range(times):
+        found.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        yield found
 
 
 def check_all() -> Iterator[dict[str, Any]]:
@@ -237,23 +238,22 @@ def ways(
     rows: int, w: Fragments, processors: int, *, hopper: bool
 ) -> dict[str, Callable[[Tensor, Fragments, int], Tensor]]:
     """By name, what may multiply so many rows with a weight, and what is chosen."""
-    from compress.kernels import multiply, multiply_portable
+    from compress.kernels import multiply
 
     found: dict[str, Way] = {"chosen": partial(multiply.multiply, processors=processors, hopper=hopper)}
     if rows <= 512:
-        found["packed"] = partial(multiply.launch, multiply.tile_for(rows, w, processors))
-    if rows >= 64:
-        found["decoded"] = multiply.decoded
-    if 64 <= rows <= 512 and w.positions is not None:
-        for tile in ((64, 64, 4, 2), (128, 64, 4, 2), (128, 128, 8, 2)):
-            cut = multiply_portable.Tile(*tile)
-            found[f"expanded {cut.rows} x {cut.outputs}"] = partial(multiply_portable.launch, cut, masks=False)
-    if rows >= 1024:
-        found |= {f"decoded in {parts}": partial(multiply.decoded, parts=parts) for parts in (4, 8, 16)}
+        tile = multiply.tile_for(rows, w, processors)
+        found["packed"] = partial(multiply.launch, tile, dependent=hopper)
+        found["packed, each after the other"] = partial(multiply.launch, tile)
+    if rows > 32:
+        found["decoded"] = partial(multiply.decoded, dependent=hopper)
+    if hopper and 32 < rows <= 1024 and w.positions is None and w.group >= 64:
+        for tile in {multiply.FEW_TILE, multiply.LARGE_TILE, *multiply.WIDE_TILES.values()}:
+            found[f"wide {tuple(tile)}"] = partial(multiply.launch_wide, tile, dependent=True)
     return found
 
 
-def choices() -> Iterator[dict[str, Any]]:
+def times_of_ways() -> Iterator[dict[str, Any]]:
     """Microseconds by shape, kind, rows and way, and how many times as fast as cuBLAS with a dense weight."""
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     hopper, processors = device.major == 9, device.multi_processor_count
@@ -266,7 +266,7 @@ def choices() -> Iterator[dict[str, Any]]:
             size = 16 * sum(held.numel() * held.element_size() for held in made.buffers())
             kernels = [repeated(made, 16) for _ in range(max(2, -(-CACHE // size)))]
             weights = [fragments_of(kernel) for kernel in kernels]
-            for rows in (1, 16, 64, 128, 192, 256, 512, 2048):
+            for rows in ROWS:
                 x = torch.randn(rows, width, dtype=torch.float16, device="cuda")
                 if rows not in cublas:
                     cublas[rows] = seconds([partial(linear, x, weight) for weight in dense])
@@ -299,6 +299,7 @@ def main() -> None:
     """Check, then time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--ways", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -307,13 +308,14 @@ def main() -> None:
 
     result: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     result |= {"torch": torch.__version__, "triton": triton.__version__}
-    try:
-        collect(result, "check", check_all(), arguments.json)
-    except CompressError as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"{len(result['check'])} products agree with float64", flush=True)
     if arguments.check:
-        collect(result, "choices", choices(), arguments.json)
+        try:
+            collect(result, "check", check_all(), arguments.json)
+        except CompressError as error:
+            raise SystemExit(f"error: {error}") from None
+        print(f"{len(result['check'])} products agree with float64", flush=True)
+    if arguments.ways:
+        collect(result, "ways", times_of_ways(), arguments.json)
     else:
         result["bandwidth"] = bandwidth()
         collect(result, "times", times(), arguments.json)

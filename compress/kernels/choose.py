@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from compress.kernels.kernel import Kernel
     from compress.kernels.pack import Layout
 
-Kernels = Literal["auto", "portable", "decoded", "reference"]
+Kernels = Literal["auto", "both", "portable", "decoded", "reference"]
+FASTEST = (TritonSparse24Int4, TritonSparse24, TritonInt4, TritonPortable, Int8, Int4, Decoded)  # the fastest first
 KERNELS: dict[str, tuple[type[Kernel], ...]] = {
-    # the fastest first
-    "auto": (TritonSparse24Int4, TritonSparse24, TritonInt4, TritonPortable, Int8, Int4, Decoded),
+    "auto": FASTEST,
+    "both": FASTEST,  # and a plain weight beside it
     "portable": (TritonPortable, Decoded),
     "decoded": (Decoded,),
     "reference": (Reference,),
@@ -28,10 +29,15 @@ KERNELS: dict[str, tuple[type[Kernel], ...]] = {
 
 
 class Choice(NamedTuple):
-    """A kernel and, in words, what it does and why no faster one does it."""
+    """A kernel and, in words, what it does and why no faster one does it.
+
+    Attributes:
+        most_rows: of x that it multiplies; more are multiplied with a plain weight. None: all.
+    """
 
     kernel: type[Kernel]
     why: str
+    most_rows: int | None = None
 
 
 def choose(layout: Layout, device: torch.device, dtype: torch.dtype, kernels: Kernels = "auto") -> Choice:
@@ -42,11 +48,12 @@ def choose(layout: Layout, device: torch.device, dtype: torch.dtype, kernels: Ke
             continue
         problem = kernel.refusal(layout, device, dtype)
         if problem is None:
-            why = kernel.says(layout, dtype)
+            why, most = kernel.says(layout, dtype), kernel.most_rows if kernels == "both" else None
+            why += f"; more than {most} rows with a plain weight" if most else ""
             packed = layout.grid is not None or layout.sparse
             if refused and packed and kernel.fallback:
                 reasons = [f"{' and '.join(names)}: {reason}" for reason, names in refused.items()]
                 why += f" ({'; '.join(reasons)})"
-            return Choice(kernel, why)
+            return Choice(kernel, why, most)
         refused.setdefault(problem, []).append(kernel.name)
     raise AssertionError(f"the last of the kernels {kernels} refuses a layout")

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 ROWS = 16
 LANES = 32
-# More rows of x than these are multiplied faster by cuBLAS and a decoded weight, on an H100
-# (benchmarks/results/gpu-h100.json)
-PACKED_ROWS = 192
+# More rows of x than these are multiplied faster by cuBLAS and a decoded weight, on an H200
+# (benchmarks/results/gpu-h200.json)
+PACKED_ROWS = 128
 GROUPS = (128, 64, 32)  # columns of a scale in the kernels
 
 

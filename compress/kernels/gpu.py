@@ -29,6 +29,7 @@ class Triton(Kernel):
     """A packed weight in the order of the tensor cores' fragments, its branch in the same launch."""
 
     runs_on: ClassVar[str | None] = "cuda"
+    most_rows: ClassVar[int | None] = 32
     portable: ClassVar[bool] = False
     sparse: ClassVar[bool]
     does: ClassVar[str]
@@ -83,7 +84,7 @@ class Triton(Kernel):
     def says(cls, layout: Layout, dtype: torch.dtype) -> str:
         """What it does."""
         name = str(dtype).removeprefix("torch.")
-        return f"{cls.does}, {name}; for many rows decoded in each product, and cuBLAS"
+        return f"{cls.does}, {name}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, in) → (rows, out), in the dtype of x."""
@@ -149,7 +150,7 @@ class TritonPortable(Triton):
         what = "codes of 4 bits" if layout.grid is not None else "values"
         what += ", 2:4 expanded in registers" if layout.sparse else ""
         name = str(dtype).removeprefix("torch.")
-        return f"{what}, {name}, in Triton without PTX; for many rows decoded in each product"
+        return f"{what}, {name}, in Triton without PTX"
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, in) → (rows, out), in the dtype of x."""

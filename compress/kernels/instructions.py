@@ -112,6 +112,12 @@ def times(a, b, BF16: tl.constexpr):
 
 
 @triton.jit
+def awaited(total):
+    """The same sums, used by what is no product: Triton has the products that add to them end before it."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def twice(pair):
     """A pair (p, q) → the pairs (p, p) and (q, q)."""
     return tl.inline_asm_elementwise(

@@ -32,6 +32,7 @@ class Kernel(nn.Module):
     runs_on: ClassVar[str | None] = None  # the type of device; None is any
     moves: ClassVar[bool] = False  # whether it may change its device and dtype after it was made
     fallback: ClassVar[bool] = False  # whether to say why those before it were not taken
+    most_rows: ClassVar[int | None] = None  # of x; for more a plain weight is faster, if there is memory for it, too
     low_rank_up: Tensor | None
     low_rank_down: Tensor | None
 

@@ -1,10 +1,9 @@
-"""Cut a product with a packed weight into programs of `compress.kernels.product`, by what was measured on a GPU.
+"""Cut a product with a packed weight into programs of `compress.kernels.product`, by what was measured on GPUs.
 
-Few rows of x are multiplied by `product_kernel`. On Hopper some hundred are multiplied by its warp-group product: with
-codes of a dense weight by `wide_kernel`, with 2:4 by `portable_kernel`. For more, the weight is decoded, which another
-kernel does as fast as memory takes it, and cuBLAS multiplies. Which it is, and in which tiles, was measured on an H100
-(docs/decisions/015-fragments.md), except `portable_kernel`, which has not run on a GPU: it changes how long a product
-takes and the order of its sums, no more.
+Few rows of x are multiplied by `product_kernel`. On Hopper some hundred are multiplied by its warp-group product, where
+W is codes of a dense weight: `wide_kernel`. For more, the weight is decoded, which another kernel does as fast as
+memory takes it, and cuBLAS multiplies. Which it is, and in which tiles, was measured on an H200
+(docs/decisions/015-fragments.md).
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.functional import linear, pad
 
-from compress.kernels import multiply_portable
 from compress.kernels.fragments import PACKED_ROWS, ROWS, restore_up
-from compress.kernels.operands import FUSED, of_pairs, order, pointers
+from compress.kernels.operands import FUSED, chained, of_pairs, order, pointers
 from compress.kernels.product import arrange_kernel, product_kernel, weight_kernel
 from compress.kernels.wide import wide_kernel
 
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
 # Offsets of a symmetric grid, zero = 8, of the rows g and g + 8 (`instructions.decode`): −1032 and −72, or −136 twice
 MIDDLE = {torch.float16: (-0x1BF71BF8, -0x2B7F2B80), torch.bfloat16: (-0x3CF73CF8, -0x3CF73CF8)}
 ONE = 0x3F803F80  # a pair of ones in bfloat16
-WIDE = (33, 640)  # rows of x that the warp-group product takes; fewer than 65 only of enough rows of W
-EXPANDED = (65, 640)  # rows of x for which, with a warp-group product, 2:4 is expanded in registers
-RAN = False  # whether a GPU has run that: until then `bench --check` compares and times it, and nothing chooses it
 WARPS = 32  # of a multiprocessor, to share the columns among
 
 
@@ -44,7 +39,7 @@ class Tile(NamedTuple):
         along: warps of the same rows of W that share the columns.
         arranged: whether x is put in order first, by a kernel of its own.
         scaled: whether scales are applied to numbers rather than to sums.
-        ahead: whether a step of W is read while the one before is multiplied.
+        ahead: whether a step of W is read while the one before is multiplied, and of x, where a warp has one tile.
     """
 
     eights: int
@@ -65,17 +60,27 @@ class WideTile(NamedTuple):
     stages: int
 
 
-EXPANDED_TILE = multiply_portable.Tile(128, 64, 4, 2)
-WIDE_TILES = {33: WideTile(64, 64, 4, 4), 65: WideTile(128, 64, 4, 4)}
+FEW_TILE = WideTile(64, 64, 4, 5)
+WIDE_TILES = {  # by rows of x, the largest that is not above
+    33: WideTile(64, 64, 4, 5),
+    65: WideTile(128, 64, 4, 4),
+    129: WideTile(256, 64, 4, 3),
+    257: WideTile(128, 64, 4, 3),
+    385: WideTile(256, 64, 4, 3),
+}
+LARGE_TILE = WideTile(128, 128, 8, 4)  # in place of the second, where W has very many rows
 
 
 def wide_for(rows: int, w: Fragments, processors: int) -> WideTile | None:
     """The tile for the warp-group product of so many rows of x; None where another product is faster or knows more."""
-    least, most = WIDE
-    few = w.tiles < 3 * processors  # of W: the other kernel shares its columns among more warps
-    if w.positions is not None or w.group < 64 or not (65 if few else least) <= rows <= most:
+    busy, steps = w.tiles / processors, w.columns // w.step
+    if w.positions is not None or w.group < 64 or not 33 <= rows <= 512:
         return None
-    return WIDE_TILES[33 if rows <= (128 if few else 64) else 65]
+    if busy < 3:  # the other kernel shares columns among warps, and cuBLAS among programs
+        return FEW_TILE if 64 < rows <= 128 and steps < 64 else None
+    if 64 < rows <= 128 and busy >= 10:
+        return LARGE_TILE
+    return next(tile for least, tile in reversed(WIDE_TILES.items()) if rows >= least)
 
 
 def tile_for(rows: int, w: Fragments, processors: int) -> Tile:
@@ -88,46 +93,69 @@ def tile_for(rows: int, w: Fragments, processors: int) -> Tile:
     """
     sparse, codes = w.positions is not None, w.scale is not None
     steps, busy = w.columns // w.step, w.tiles / max(processors, 8)  # tiles of W for a multiprocessor
-    if rows > 16:
-        return _many(busy * -(-rows // 32), steps, sparse, codes)
-    return _few(rows, busy, steps, sparse, codes)
+    if rows <= 8:
+        return _up_to_8(rows, busy, steps, sparse, codes)
+    if rows <= 16:
+        return _up_to_16(busy, steps, sparse, codes)
+    if rows <= 32:
+        return _up_to_32(busy, steps, sparse, codes)
+    return _many(busy * -(-rows // 32), steps, sparse, codes, rows > 64)
 
 
-def _few(rows: int, busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
-    """Up to 16 rows: memory decides, so many warps read W; beside each other where they are many and x is, too."""
-    few = busy < 4
-    if rows > 8 and sparse:
-        if few:
-            return Tile(2, 1, 1, _along(busy, steps), True, False, True)
-        return Tile(2, 2, 2, 4, True, False, codes or busy < 8)
-    if rows > 8:
-        return Tile(2, 1, 1, _along(busy, steps), False, False, False) if few else Tile(2, 1, 4, 4, False, False, False)
-    tiles = 1 if busy < 8 else 4 if sparse and codes else 2
-    if rows > 2 and not few and not sparse:
-        return Tile(1, tiles, 2, 4, False, False, False)
-    along = _along(busy * (2 if tiles == 4 else 1) / tiles, steps)
-    return Tile(1, tiles, 1, along, sparse and rows > (4 if few else 2), False, True)
+def _up_to_8(rows: int, busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
+    """Memory decides, so many warps read W."""
+    if not sparse:
+        tiles = 1 if busy < 8 else 2
+        return Tile(1, tiles, 1, _along(busy / tiles, steps), False, False, True)
+    if codes and busy >= 10:
+        return Tile(1, 1, 2, 2, rows > 1, False, True)
+    return Tile(1, 1, 1, _along(busy, steps, 16 if codes else 8), rows > (2 if codes else 1), False, True)
 
 
-def _along(busy: float, steps: int) -> int:
+def _up_to_16(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
+    """Where W has few rows, twice as many programs of 8 rows of x; where many, warps that read the same of x."""
+    few, some = busy < 4, busy < 10
+    if few:
+        along = _along(2 * busy, steps, 8 if codes else 4)
+        return Tile(1, 1, 1 if sparse else 2, along, sparse, False, True)
+    if some:
+        return Tile(2, 1, 1 if sparse else 2, 4, True, False, True)
+    if sparse:
+        return Tile(2, 1, 4 if codes else 2, 2, True, False, True)
+    return Tile(2, 2, 4, 2, True, False, True)
+
+
+def _up_to_32(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
+    """As with 16, and of many rows of W programs of 32 rows of x."""
+    few, some = busy < 4, busy < 10
+    if few:
+        along = 4 if sparse and steps < 64 else 8
+        return Tile(2, 1 if sparse or busy < 1 else 2, 1, along, True, False, True)
+    if some and codes:
+        return Tile(2, 2, 4, 2, True, False, True)
+    return Tile(4, 2, 4, 2, True, codes and not sparse, not (sparse and codes))
+
+
+def _along(busy: float, steps: int, limit: int = 16) -> int:
     """Warps that share the columns: not too many at once, each with four steps or more."""
-    most = min(16.0, WARPS / busy, steps / 4)
+    most = min(limit, WARPS / busy, steps / 4)
     return 1 << max(2, int(most).bit_length() - 1)
 
 
-def _many(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
+def _many(busy: float, steps: int, sparse: bool, codes: bool, more: bool) -> Tile:
     """More rows: x decides, so warps read the same of it, and the rows of a program grow with the work."""
+    values = sparse and not codes
     if busy < 3:
         cut = (1, 1, 8)
     elif busy < 6:
-        cut = (1, 2, 4) if steps < 64 else (2, 1, 8)
+        cut = (1, 2, 4) if steps < 64 else (2, 2, 4) if values else (2, 1, 8)
     elif busy < 10:
         cut = (2, 2, 4)
     elif busy < 20:
-        cut = (4, 2, 2) if sparse and codes else (2, 4, 2)
+        cut = (4, 2, 2) if values else (2, 4, 2)
     else:
         cut = (4, 4, 1)
-    return Tile(4, *cut, True, codes, cut[0] < 4 and not (sparse and codes))
+    return Tile(4, *cut, True, codes, cut[0] < 4 and not (sparse and codes) and not (values and more))
 
 
 def multiply(
@@ -155,30 +183,33 @@ def multiply(
     if not rows:
         return x.new_empty(0, out_features)
     wide = wide_for(rows, w, processors) if hopper else None
-    whole = w.positions is not None and w.group in (0, w.step)  # smaller groups: up to 20 instructions per weight
-    expanded = RAN and hopper and whole and EXPANDED[0] <= rows <= EXPANDED[1]
-    if wide is None and not expanded and rows <= PACKED_ROWS:
-        return launch(tile_for(rows, w, processors), x, w, out_features, up, dx)
+    if wide is None and rows <= PACKED_ROWS:
+        return launch(tile_for(rows, w, processors), x, w, out_features, up, dx, dependent=hopper)
     if wide is not None:
-        y = launch_wide(wide, x, w, out_features)
-    elif expanded:
-        y = multiply_portable.launch(EXPANDED_TILE, x, w, out_features, masks=False)
+        y = launch_wide(wide, x, w, out_features, dependent=hopper)
     else:
-        y = decoded(x, w, out_features)
+        y = decoded(x, w, out_features, dependent=hopper)
     return y if up is None or dx is None else y.addmm_(dx, restore_up(up, x.dtype)[:out_features].T)
 
 
 def launch(
-    tile: Tile, x: Tensor, w: Fragments, out_features: int, up: Tensor | None = None, dx: Tensor | None = None
+    tile: Tile,
+    x: Tensor,
+    w: Fragments,
+    out_features: int,
+    up: Tensor | None = None,
+    dx: Tensor | None = None,
+    *,
+    dependent: bool = False,
 ) -> Tensor:
-    """`multiply` by the kernel, cut in this way."""
+    """`multiply` by the kernel, cut in this way; `dependent`: it may start while the kernel before it ends."""
     rows, steps = x.shape[0], w.columns // w.step
     if not tile.arranged and x.shape[1] < w.columns:
         x = pad(x, (0, w.columns - x.shape[1]))
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     grid = (-(-w.tiles // (tile.tiles * tile.across)), -(-rows // (8 * tile.eights)))
     product_kernel[grid](
-        arrange(x, w, grid[1], tile.eights) if tile.arranged else x,
+        arrange(x, w, grid[1], tile.eights, dependent=dependent) if tile.arranged else x,
         *pointers(w),
         w.words if up is None else up,
         x if dx is None else dx,
@@ -194,6 +225,7 @@ def launch(
         num_warps=tile.across * tile.along,
         num_stages=1,
         **FUSED,
+        **chained(dependent),
         **register_options(tile, w),
     )
     return y
@@ -204,16 +236,20 @@ def register_options(tile: Tile, w: Fragments) -> dict[str, Any]:
 
     A maximum that is enough keeps it from that, and from saving registers; the level does where it takes few anyway.
     """
-    if tile.eights * tile.tiles == 1:
+    size = tile.eights * tile.tiles
+    if size == 1:
         return {"maxnreg": 64 if w.offset is None else 72}
-    if tile.eights * tile.tiles == 8 and tile.ahead and w.scale is None:
+    if size == 4 and not tile.ahead:
+        return {}
+    if size == 8 and tile.ahead and w.scale is None:
         return {"maxnreg": 160}
-    return {"ptx_options": "--register-usage-level=3"}
+    level = 3 if size != 8 or tile.ahead or tile.scaled else 7
+    return {"ptx_options": f"--register-usage-level={level}"}
 
 
-def launch_wide(tile: WideTile, x: Tensor, w: Fragments, out_features: int) -> Tensor:
+def launch_wide(tile: WideTile, x: Tensor, w: Fragments, out_features: int, *, dependent: bool = False) -> Tensor:
     """The product x Wᵀ by `wide_kernel`, cut in this way."""
-    rows, ordered = x.shape[0], order(x, w)
+    rows, ordered = x.shape[0], order(x, w, dependent=dependent)
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     words, _, scale, offset = pointers(w)
     wide_kernel[(-(-rows // tile.rows) * -(-out_features // tile.outputs),)](
@@ -266,42 +302,33 @@ def cut(tile: Tile, w: Fragments, *, branch: bool) -> dict[str, int | bool]:
         "ALONG": tile.along,
         "SCALED": tile.scaled and w.scale is not None,
         "AHEAD": tile.ahead,
+        "AHEAD_X": tile.arranged or (tile.ahead and tile.tiles == 1),
     }
 
 
-def arrange(x: Tensor, w: Fragments, programs: int, eights: int) -> Tensor:
+def arrange(x: Tensor, w: Fragments, programs: int, eights: int, *, dependent: bool = False) -> Tensor:
     """Rows x in the order of the second operand, filled up to so many programs with so many eights of rows."""
     blocks = w.columns // 32
     made = torch.empty(programs, blocks, eights, 256, dtype=x.dtype, device=x.device)
     rows, x = x.shape[0], of_pairs(x)
     grid = (-(-blocks * 128 // 1024), programs * eights)
     sparse = w.positions is not None
-    arrange_kernel[grid](x, made, rows, x.shape[1] // 2, blocks, eights, SPARSE=sparse, BLOCK=1024, **FUSED)
+    arrange_kernel[grid](
+        x, made, rows, x.shape[1] // 2, blocks, eights, SPARSE=sparse, BLOCK=1024, **FUSED, **chained(dependent)
+    )
     return made
 
 
-def decoded(x: Tensor, w: Fragments, out_features: int, parts: int = 1) -> Tensor:
-    """The product x Wᵀ by cuBLAS, of a weight that is decoded for it, in so many parts of its rows.
-
-    A part that fits the L2 cache, each in the memory of the one before, need never be written to the GPU's memory; but
-    cuBLAS wants enough rows of it for all multiprocessors.
-    """
-    if parts == 1:
-        return linear(x, weight(x.dtype, w, out_features, x.shape[1]))
-    y = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
-    each = -(-w.tiles // parts)
-    for first in range(0, w.tiles, each):
-        rows = min(16 * each, out_features - 16 * first)
-        part = weight(x.dtype, w, rows, x.shape[1], first)
-        torch.mm(x, part.T, out=y[:, 16 * first : 16 * first + rows])
-        del part  # the next one gets its memory
-    return y
+def decoded(x: Tensor, w: Fragments, out_features: int, *, dependent: bool = False) -> Tensor:
+    """The product x Wᵀ by cuBLAS, of a weight that is decoded for it."""
+    return linear(x, weight(x.dtype, w, out_features, x.shape[1], dependent=dependent))
 
 
-def weight(dtype: torch.dtype, w: Fragments, rows: int, in_features: int, first: int = 0) -> Tensor:
-    """So many rows of the weight, (rows, in), from a tile on, rounded once to `dtype`."""
-    tiles, steps = -(-rows // ROWS), w.columns // w.step
-    made = torch.empty(ROWS * tiles, w.columns, dtype=dtype, device=w.words.device)
+def weight(dtype: torch.dtype, w: Fragments, out_features: int, in_features: int, *, dependent: bool = False) -> Tensor:
+    """The weight (out, in), rounded once to `dtype`."""
+    steps = w.columns // w.step
+    made = torch.empty(ROWS * w.tiles, w.columns, dtype=dtype, device=w.words.device)
     fixed = constants(dtype, w)
-    weight_kernel[(steps, tiles)](*pointers(w), made, w.tiles, steps, first, **fixed, num_warps=1, **FUSED)
-    return made[:rows, :in_features]
+    options = {"num_warps": 1} | FUSED | chained(dependent)
+    weight_kernel[(steps, w.tiles)](*pointers(w), made, w.tiles, steps, **fixed, **options)
+    return made[:out_features, :in_features]

@@ -1,4 +1,4 @@
-"""Products with a packed weight by `compress.kernels.portable`: where `mma` is not proven, and of 2:4 on Hopper."""
+"""Products with a packed weight by `compress.kernels.portable`, where `mma` is not proven."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def multiply(x: Tensor, w: Fragments, out_features: int) -> Tensor:
     return launch(tile_for(rows), x, w, out_features)
 
 
-def launch(tile: Tile, x: Tensor, w: Fragments, out_features: int, *, masks: bool = True) -> Tensor:
-    """`multiply` by the kernel, cut in this way; without `masks` W is arranged for `compress.kernels.product`."""
-    rows, ordered = x.shape[0], order(x, w)
+def launch(tile: Tile, x: Tensor, w: Fragments, out_features: int) -> Tensor:
+    """`multiply` by the kernel, cut in this way."""
+    rows, ordered = x.shape[0], order(x, w, dependent=False)
     sums = ordered if w.scale is None else ordered.view(rows, -1, w.group).sum(-1, dtype=torch.float32)
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     portable_kernel[(-(-rows // tile.rows) * -(-out_features // tile.outputs),)](
@@ -65,7 +65,7 @@ def launch(tile: Tile, x: Tensor, w: Fragments, out_features: int, *, masks: boo
         out_features,
         w.tiles,
         w.columns // w.step,
-        **constants(w, masks=masks),
+        **constants(w),
         **cut(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -83,7 +83,7 @@ def weight(dtype: torch.dtype, w: Fragments, out_features: int, in_features: int
     return made[:out_features, :in_features]
 
 
-def constants(w: Fragments, *, masks: bool = True) -> dict[str, int | bool]:
+def constants(w: Fragments) -> dict[str, int | bool]:
     """What `compress.kernels.portable` is compiled for, of the weight."""
     return {
         "CODES": w.scale is not None,
@@ -91,7 +91,6 @@ def constants(w: Fragments, *, masks: bool = True) -> dict[str, int | bool]:
         "GROUP": w.group or w.step,
         "STEP": w.step,
         "ZEROS": w.offset is not None,
-        "MASKS": masks,
     }
 
 

@@ -27,10 +27,17 @@ def of_pairs(x: Tensor) -> Tensor:
     return pad(x, (0, 1)) if x.shape[1] % 2 else x
 
 
-def order(x: Tensor, w: Fragments) -> Tensor:
+def chained(dependent: bool) -> dict[str, bool]:
+    """What a kernel is given that may start while the one before it ends: it waits for its results itself."""
+    return {"DEPENDENT": dependent} | ({"launch_pdl": True} if dependent else {})
+
+
+def order(x: Tensor, w: Fragments, *, dependent: bool) -> Tensor:
     """Rows x with the columns of W, in the order in which lanes hold them."""
     blocks, x = w.columns // 32, of_pairs(x)
     made = torch.empty(x.shape[0], w.columns, dtype=x.dtype, device=x.device)
     grid = (-(-blocks * 16 // 1024), x.shape[0])
-    order_kernel[grid](x, made, x.shape[1] // 2, blocks, SPARSE=w.positions is not None, BLOCK=1024, **FUSED)
+    order_kernel[grid](
+        x, made, x.shape[1] // 2, blocks, SPARSE=w.positions is not None, BLOCK=1024, **FUSED, **chained(dependent)
+    )
     return made

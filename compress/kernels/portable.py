@@ -76,8 +76,7 @@ def _moved(pairs, first, second, empty):
 
 
 @triton.jit
-def _read(words, kept, tile, steps, step, lane, CODES: tl.constexpr, SPARSE: tl.constexpr, STEP: tl.constexpr,
-          MASKS: tl.constexpr):  # fmt: skip
+def _read(words, kept, tile, steps, step, lane, CODES: tl.constexpr, SPARSE: tl.constexpr, STEP: tl.constexpr):
     """What a lane needs of W in a step: words by fours, of 64 columns, of 128 of 2:4 or of 32 of its values; masks."""
     at = tile * steps + step  # (BN/16, 1)
     four = tl.arange(0, 4)[None, None, :]
@@ -87,31 +86,15 @@ def _read(words, kept, tile, steps, step, lane, CODES: tl.constexpr, SPARSE: tl.
         found = found + (tl.load(words + ((at * each + c) * 128 + lane * 4)[:, :, None] + four),)
     if SPARSE:
         two = tl.arange(0, 2)[None, None, :]
-        if MASKS:
-            found = found + tl.split(tl.load(kept + (at * 64 + lane * 2)[:, :, None] + two))
-        else:  # of 16 columns a word
-            for c in tl.static_range(4):
-                found = found + tl.split(tl.load(kept + (at * 64 + (lane // 4 * 4 + c) * 2)[:, :, None] + two))
+        found = found + tl.split(tl.load(kept + (at * 64 + lane * 2)[:, :, None] + two))
     return found
 
 
 @triton.jit
-def _planes(read, lane, AT: tl.constexpr, BLOCK: tl.constexpr, MASKS: tl.constexpr):
+def _planes(read, AT: tl.constexpr, BLOCK: tl.constexpr):
     """Whether columns 0 and 1 of every four were kept, and columns 2 and 3: the lowest bits of two words' numbers."""
-    if MASKS:
-        bits = read[AT + BLOCK // 2]
-        return _right(bits, BLOCK % 2 * 2) & NIBBLES, _right(bits, BLOCK % 2 * 2 + 1) & NIBBLES
-    else:  # two positions of two bits in four, of the rows g (low) and g + 8 of four columns t
-        of_row = 0x000F000F
-        t = lane % 4 * 4
-        both = (read[AT + BLOCK % 2 * 4 + BLOCK // 2] >> t) & of_row
-        both |= ((read[AT + BLOCK % 2 * 4 + 2 + BLOCK // 2] >> t) & of_row) << 8
-        both |= _right(both, 12)  # the low half: rows g and g + 8 of 16 columns, then of the next
-        a0, a1 = both & 0x1111, _right(both, 1) & 0x1111
-        b0, b1 = _right(both, 2) & 0x1111, _right(both, 3) & 0x1111
-        column0, column1 = (a0 | a1) ^ 0x1111, a0 | (b0 & ~b1)
-        column2, column3 = a1 | (b1 & ~b0), b0 & b1
-        return column0 | (column1 << 16), column2 | (column3 << 16)
+    bits = read[AT + BLOCK // 2]
+    return _right(bits, BLOCK % 2 * 2) & NIBBLES, _right(bits, BLOCK % 2 * 2 + 1) & NIBBLES
 
 
 @triton.jit
@@ -124,8 +107,8 @@ def _four(v):
 
 
 @triton.jit
-def _tile(read, lane, empty, magic, ones, CHUNK: tl.constexpr, CODES: tl.constexpr, SPARSE: tl.constexpr,
-          MASKS: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+def _tile(read, empty, magic, ones, CHUNK: tl.constexpr, CODES: tl.constexpr, SPARSE: tl.constexpr,
+          WIDTH: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """WIDTH columns from CHUNK · WIDTH on of a step: (BN, WIDTH) numbers, 16 + code or a value. WIDTH is 32 or 64."""
     if not SPARSE:
         word = read[CHUNK * WIDTH // 64]
@@ -136,11 +119,11 @@ def _tile(read, lane, empty, magic, ones, CHUNK: tl.constexpr, CODES: tl.constex
         return tl.reshape(tl.permute(a, (0, 5, 1, 3, 6, 2, 4)), (BN, WIDTH))
     else:
         if WIDTH == 32:
-            a = _block(read, lane, empty, magic, ones, CHUNK, CODES, MASKS, BN, HALF)
+            a = _block(read, empty, magic, ones, CHUNK, CODES, BN, HALF)
         else:
             a = tl.join(
-                _block(read, lane, empty, magic, ones, 2 * CHUNK, CODES, MASKS, BN, HALF),
-                _block(read, lane, empty, magic, ones, 2 * CHUNK + 1, CODES, MASKS, BN, HALF),
+                _block(read, empty, magic, ones, 2 * CHUNK, CODES, BN, HALF),
+                _block(read, empty, magic, ones, 2 * CHUNK + 1, CODES, BN, HALF),
             )
         # tile, g, t, pair, row half, 16 columns, column half, 32 columns
         a = tl.reshape(a, (BN // 16, 8, 4, 2, 2, 2, 2, WIDTH // 32))
@@ -148,10 +131,9 @@ def _tile(read, lane, empty, magic, ones, CHUNK: tl.constexpr, CODES: tl.constex
 
 
 @triton.jit
-def _block(read, lane, empty, magic, ones, BLOCK: tl.constexpr, CODES: tl.constexpr, MASKS: tl.constexpr,
-           BN: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+def _block(read, empty, magic, ones, BLOCK: tl.constexpr, CODES: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr):
     """32 columns of 2:4: (BN/16, 32, pair, row half, 16 columns, column half)."""
-    first, second = _planes(read, lane, 1 if CODES else 4, BLOCK, MASKS)
+    first, second = _planes(read, 1 if CODES else 4, BLOCK)
     if CODES:
         left, right = _moved(_four(read[0])[BLOCK], first * ones, second * ones, empty)
         return tl.join(_of_word(left, magic, HALF), _of_word(right, magic, HALF))
@@ -191,38 +173,21 @@ def _constants(zero, CODES: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _zero(offset, UPPER: tl.constexpr, HALF: tl.constexpr):
-    """The zero-point of row g or g + 8, of their offsets in `instructions.decode`."""
-    half = (_right(offset, 16) if UPPER else offset).to(tl.int16).to(HALF, bitcast=True)
-    base = 128.0 if HALF == tl.bfloat16 else 64.0 if UPPER else 1024.0
-    return (-half.to(tl.float32) - base).to(tl.int32)
-
-
-@triton.jit
-def _zeros(zeros, at, MASKS: tl.constexpr, HALF: tl.constexpr):
+def _empty(zeros, group, tiles, tile, lane, ZEROS: tl.constexpr, BN: tl.constexpr):
     """The zero-points of the rows g and g + 8 in all places of a word."""
-    found = tl.load(zeros + at)
-    if not MASKS:
-        found = (_zero(found, False, HALF) | (_zero(found, True, HALF) << 4)) * 0x01010101
-    return found
-
-
-@triton.jit
-def _empty(zeros, group, tiles, tile, lane, ZEROS: tl.constexpr, MASKS: tl.constexpr, BN: tl.constexpr,
-           HALF: tl.constexpr):  # fmt: skip
     if ZEROS:
-        return _zeros(zeros, group * (tiles * 8) + tile * 8 + lane // 4, MASKS, HALF)
+        return tl.load(zeros + group * (tiles * 8) + tile * 8 + lane // 4)
     else:
         return tl.full((BN // 16, 32), -0x77777778, tl.int32)
 
 
 @triton.jit
-def _scale(scale, zeros, group, tiles, n, HALF: tl.constexpr, ZEROS: tl.constexpr, MASKS: tl.constexpr):
+def _scale(scale, zeros, group, tiles, n, HALF: tl.constexpr, ZEROS: tl.constexpr):
     """The scales of rows, and 16 + zero."""
     pair, upper = group * (tiles * 8) + tl.minimum(n // 16, tiles - 1) * 8 + n % 8, n // 8 % 2
     s = tl.load(scale.to(tl.pointer_type(HALF)) + pair * 2 + upper).to(tl.float32)
     if ZEROS:
-        return s, (16 + ((_zeros(zeros, pair, MASKS, HALF) >> (4 * upper)) & 15)).to(tl.float32)
+        return s, (16 + ((tl.load(zeros + pair) >> (4 * upper)) & 15)).to(tl.float32)
     else:
         return s, tl.full(n.shape, 24.0, tl.float32)
 
@@ -232,9 +197,9 @@ def portable_kernel(
     x,  # (M, STEP · steps) halves, ordered
     sums,  # (M, groups) float32: of x; where there are codes
     words,
-    kept,  # masks or positions; where W is 2:4
+    kept,  # masks; where W is 2:4
     scale,
-    zeros,  # or offsets; where they are not 8
+    zeros,  # where they are not 8
     y,  # (M, N) halves
     M,
     N,
@@ -245,7 +210,6 @@ def portable_kernel(
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     ZEROS: tl.constexpr,
-    MASKS: tl.constexpr,  # or positions and offsets, as `product_kernel` reads them
     BM: tl.constexpr,  # rows of x
     BN: tl.constexpr,  # rows of W
     STAGES: tl.constexpr,
@@ -265,17 +229,17 @@ def portable_kernel(
     magic, ones = _constants(M >> 31, CODES, HALF)
     total = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
-        read = _read(words, kept, tile, steps, step, lane, CODES, SPARSE, STEP, MASKS)
+        read = _read(words, kept, tile, steps, step, lane, CODES, SPARSE, STEP)
         for q in tl.static_range(GROUPS):
             group = step * GROUPS + q
-            empty = _empty(zeros, group, tiles, tile, lane, ZEROS and SPARSE, MASKS, BN, HALF)
+            empty = _empty(zeros, group, tiles, tile, lane, ZEROS and SPARSE, BN)
             part = tl.zeros((BN, BM), tl.float32) if CODES else total
             for c in tl.static_range(GROUP // WIDTH):
-                a = _tile(read, lane, empty, magic, ones, q * (GROUP // WIDTH) + c,
-                          CODES, SPARSE, MASKS, WIDTH, BN, HALF)  # fmt: skip
+                a = _tile(read, empty, magic, ones, q * (GROUP // WIDTH) + c,
+                          CODES, SPARSE, WIDTH, BN, HALF)  # fmt: skip
                 part = tl.dot(a, tl.load(at + step * STEP + (q * GROUP + c * WIDTH)), part)
             if CODES:
-                s, z = _scale(scale, zeros, group, tiles, n, HALF, ZEROS, MASKS)
+                s, z = _scale(scale, zeros, group, tiles, n, HALF, ZEROS)
                 of_x = tl.load(sums + row * (steps * GROUPS) + group)
                 total += (part - z[:, None] * of_x[None, :]) * s[:, None]
             else:
@@ -287,7 +251,7 @@ def portable_kernel(
 @triton.jit(do_not_specialize=["tiles", "steps"])
 def portable_weight_kernel(words, kept, scale, zeros, w, tiles, steps,
                            CODES: tl.constexpr, SPARSE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
-                           ZEROS: tl.constexpr, MASKS: tl.constexpr):  # fmt: skip
+                           ZEROS: tl.constexpr):  # fmt: skip
     """The weight (16 tiles, STEP · steps) halves, rounded once; 16 rows and a step a program."""
     HALF: tl.constexpr = w.dtype.element_ty
     WIDTH: tl.constexpr = 32 if GROUP == 32 else 64
@@ -301,13 +265,13 @@ def portable_weight_kernel(words, kept, scale, zeros, w, tiles, steps,
         k // 16 * 16 + 4 * t + 2 * half + pair if SPARSE else k // 32 * 32 + 8 * t + k // 16 % 2 * 4 + 2 * half + pair
     )
     magic, ones = _constants(steps >> 31, CODES, HALF)
-    read = _read(words, kept, tile, steps, step, lane, CODES, SPARSE, STEP, MASKS)
+    read = _read(words, kept, tile, steps, step, lane, CODES, SPARSE, STEP)
     for chunk in tl.static_range(STEP // WIDTH):
         group = step * (STEP // GROUP) + chunk * WIDTH // GROUP
-        empty = _empty(zeros, group, tiles, tile, lane, ZEROS and SPARSE, MASKS, 16, HALF)
-        a = _tile(read, lane, empty, magic, ones, chunk, CODES, SPARSE, MASKS, WIDTH, 16, HALF)
+        empty = _empty(zeros, group, tiles, tile, lane, ZEROS and SPARSE, 16)
+        a = _tile(read, empty, magic, ones, chunk, CODES, SPARSE, WIDTH, 16, HALF)
         if CODES:
-            s, z = _scale(scale, zeros, group, tiles, n, HALF, ZEROS, MASKS)
+            s, z = _scale(scale, zeros, group, tiles, n, HALF, ZEROS)
             a = ((a.to(tl.float32) - z[:, None]) * s[:, None]).to(HALF)
         place = n[:, None].to(tl.int64) * (steps * STEP) + step * STEP + chunk * WIDTH + column[None, :]
         tl.store(w + place, a)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compress.kernels.instructions import decode, mma, mma_sparse, times, twice
 
@@ -171,6 +172,8 @@ def product_kernel(
     ALONG: tl.constexpr,
     SCALED: tl.constexpr,  # whether scales are applied to the numbers
     AHEAD: tl.constexpr,  # whether a step is read while the one before is multiplied
+    AHEAD_X: tl.constexpr,  # whether x is
+    DEPENDENT: tl.constexpr,  # whether the kernel before may still run: W is read first, x when it has ended
 ):
     """16 · T · ACROSS rows of W by 8 · NT rows of x."""
     THREADS: tl.constexpr = 32 * ACROSS * ALONG
@@ -188,11 +191,14 @@ def product_kernel(
     a_group: tl.constexpr = 2 if ZEROS else 1
     each: tl.constexpr = scales_at + (STEP // GROUP * a_group if CODES else 0)
     total = _zeros(4 * T * NT, THREADS)
-    if ARRANGED:
-        coming_x = _read_x(pairs_of_x, block, M, steps, along, 0, lane, SPARSE, STEP, ARRANGED, NT)
     if AHEAD:
         coming = _read(words, positions, scale, offset, tile, tiles, steps, along, lane,
                        CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    if AHEAD_X:
+        coming_x = _read_x(pairs_of_x, block, M, steps, along, 0, lane, SPARSE, STEP, ARRANGED, NT)
     for turn in tl.range(0, tl.cdiv(steps, ALONG)):
         step = turn * ALONG + along
         if AHEAD:
@@ -217,7 +223,7 @@ def product_kernel(
                     scales = scales + (twice(pair) if SCALED else _floats(pair, BF16))
                 if not SCALED:
                     part = _zeros(4 * T * NT, THREADS)
-            if ARRANGED:
+            if AHEAD_X:
                 xs = coming_x
                 if b * 32 + 32 < STEP:
                     coming_x = _read_x(pairs_of_x, block, M, steps, step, b + 1, lane, SPARSE, STEP, ARRANGED, NT)
@@ -288,11 +294,15 @@ def product_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "columns", "blocks", "eights"])
-def arrange_kernel(x, made, M, columns, blocks, eights, SPARSE: tl.constexpr, BLOCK: tl.constexpr):
+def arrange_kernel(x, made, M, columns, blocks, eights, SPARSE: tl.constexpr, BLOCK: tl.constexpr,
+                   DEPENDENT: tl.constexpr):  # fmt: skip
     """Rows x (M, columns) of pairs → (programs, blocks of 32 columns, eights of rows, 32 lanes, 4), filled up with 0.
 
     The eights of rows of a program are beside each other, so that it needs one pointer for all.
     """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     block, lane, r = number // 128, number // 4 % 32, number % 4
     row, t = tl.program_id(1) * 8 + lane // 4, lane % 4
@@ -305,11 +315,14 @@ def arrange_kernel(x, made, M, columns, blocks, eights, SPARSE: tl.constexpr, BL
 
 
 @triton.jit(do_not_specialize=["columns", "blocks"])
-def order_kernel(x, made, columns, blocks, SPARSE: tl.constexpr, BLOCK: tl.constexpr):
+def order_kernel(x, made, columns, blocks, SPARSE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """Rows x (M, columns) of pairs → (M, blocks of 32 columns), filled up with 0: in each the columns of fragments.
 
     Lane t has the columns 8 t to 8 t + 7 of a dense W, of 2:4 every four of 16 columns.
     """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     block, word, half, t = number // 16, number // 8 % 2, number // 4 % 2, number % 4
     column = block * 16 + (8 * word + 2 * t + half if SPARSE else 4 * t + 2 * word + half)
@@ -318,19 +331,23 @@ def order_kernel(x, made, columns, blocks, SPARSE: tl.constexpr, BLOCK: tl.const
     tl.store(made.to(tl.pointer_type(tl.int32)) + row * (blocks * 16) + number, value, mask=block < blocks)
 
 
-@triton.jit(do_not_specialize=["tiles", "steps", "first"])
-def weight_kernel(words, positions, scale, offset, w, tiles, steps, first,
+@triton.jit(do_not_specialize=["tiles", "steps"])
+def weight_kernel(words, positions, scale, offset, w, tiles, steps,
                   CODES: tl.constexpr, SPARSE: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
-                  BF16: tl.constexpr, ZEROS: tl.constexpr, MIDDLE0: tl.constexpr, MIDDLE1: tl.constexpr):  # fmt: skip
-    """The weight from tile `first` on, (16 programs, STEP · steps) halves, a tile and a step a program."""
+                  BF16: tl.constexpr, ZEROS: tl.constexpr, MIDDLE0: tl.constexpr, MIDDLE1: tl.constexpr,
+                  DEPENDENT: tl.constexpr):  # fmt: skip
+    """The weight (16 tiles, STEP · steps) halves, a tile and a step a program."""
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
-    tile, step = tl.program_id(1) + first, tl.program_id(0)
+    tile, step = tl.program_id(1), tl.program_id(0)
     here = _read(words, positions, scale, offset, tile, tiles, steps, step, lane,
                  CODES, SPARSE, ZEROS, GROUP, STEP, 1, True)  # fmt: skip
     words_of_tile: tl.constexpr = (STEP // 32 if CODES else STEP // 8) if SPARSE else STEP // 16
     at: tl.constexpr = words_of_tile + (STEP // 64 if SPARSE else 0)
-    row = (tl.program_id(1) * 16 + g).to(tl.int64) * (steps * STEP)
+    row = (tile * 16 + g).to(tl.int64) * (steps * STEP)
+    if DEPENDENT:  # which may still read what was in the memory of w
+        gdc_wait()
+        gdc_launch_dependents()
     four = tl.arange(0, 4)[None, :]
     for b in tl.static_range(STEP // 32):
         if CODES and (b * 32) % GROUP == 0:

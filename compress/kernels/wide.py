@@ -2,8 +2,9 @@
 
 W is read as `compress.kernels.fragments` laid it out. A step of 64 columns becomes numbers in registers, each code −
 zero times its scale, rounded as the grid's `dequantize` does; that they are the first operand is left to Triton, whose
-layout for it these fragments have. x comes through shared memory, its columns in the fragments' order
-(`product.order_kernel`).
+layout for it these fragments have. Each product is awaited before the next step is decoded: Triton would let it write
+to registers that the tensor cores still read, which gave wrong sums on an H200. x comes through shared memory, its
+columns in the fragments' order (`product.order_kernel`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from compress.kernels.instructions import decode, times, twice
+from compress.kernels.instructions import awaited, decode, times, twice
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def _halves(pair, HALF: tl.constexpr):
     return tl.join(low, high)
 
 
-@triton.jit(do_not_specialize=["M", "N", "tiles", "steps"])
+@triton.jit(do_not_specialize=["M", "tiles", "steps"])  # a multiple of 16 as N makes stores wide
 def wide_kernel(
     x,  # (M, 64 steps) halves, ordered
     words,
@@ -52,7 +53,7 @@ def wide_kernel(
     m = rows * BM + tl.arange(0, BM)[None, :]
     word = words + ((tile * steps) * 128 + lane * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
     pair = tile * 8 + lane // 4
-    at = x + tl.minimum(m, M - 1).to(tl.int64) * (steps * 64) + k
+    at = x + (m % M).to(tl.int64) * (steps * 64) + k  # not the last row again and again: all programs would read it
     total = tl.zeros((BN, BM), tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         group = step * 64 // GROUP * tiles * 8
@@ -68,6 +69,6 @@ def wide_kernel(
             tl.join(first, second), (BN // 16, 8, 4, 4, 2, 2, 2)
         )  # tile, g, t, word, pair, half, column half
         a = tl.reshape(tl.permute(a, (0, 5, 1, 3, 6, 2, 4)), (BN, 64))
-        total = tl.dot(a, tl.load(at + step * 64), total)
+        total = awaited(tl.dot(a, tl.load(at + step * 64), total))
     n = block * BN + tl.arange(0, BN)[:, None]
     tl.store(y + m.to(tl.int64) * N + n, total.to(HALF), mask=(m < M) & (n < N))

@@ -34,6 +34,28 @@ def test_they_compile_without_a_break(kind: str) -> None:
     torch.testing.assert_close(torch.compile(kernel, fullgraph=True)(x), kernel(x))
 
 
+@pytest.mark.parametrize("rows", [1, 8, 16, 40, 300])
+@pytest.mark.parametrize("kind", ["int4", "sparse24_int4"])
+def test_products_wait_for_each_other(kind: str, rows: int) -> None:
+    """Kernels start before the one before them ends; in a graph of 24 the results are those of one at a time."""
+    kernel, _, _ = bench.kernel_of(kind, bench.Case(2048, 2048, rank=16), torch.float16, "cuda")
+    x = torch.randn(rows, 2048, dtype=torch.float16, device="cuda")
+
+    def chained(wait: bool) -> torch.Tensor:
+        y = x
+        for _ in range(24):
+            y = kernel(y) / 16
+            if wait:
+                torch.cuda.synchronize()
+        return y
+
+    wanted = chained(wait=True)
+    assert bool(torch.isfinite(wanted).all())
+    assert bool(wanted.any())
+    assert torch.equal(chained(wait=False), wanted)
+    assert all(torch.equal(again, wanted) for again in bench.replayed(lambda: chained(wait=False)))
+
+
 @pytest.mark.parametrize(
     ("passes", "name"),
     [
@@ -48,12 +70,13 @@ def test_a_model_runs_with_them(tmp_path: Path, passes: tuple[LinearPass, ...], 
     wide_directory(tmp_path / "model", "llama")
     folder = emit(tmp_path, "packed", passes)
     logits = {}
-    for kernels in ("auto", "decoded"):
+    for kernels in ("auto", "both", "decoded"):
         model = compress.load(folder, device="cuda", dtype=dtype, kernels=kernels)  # type: ignore[arg-type]
         names = {chosen["kernel"] for chosen in model.compress_kernels.values()}
-        assert names == {name if kernels == "auto" else "decoded"}
+        assert names == {"decoded" if kernels == "decoded" else name}
         with torch.no_grad():
             logits[kernels] = model(tokens(3, 40).cuda(), use_cache=False).logits.double()
+    assert torch.equal(logits["both"], logits["decoded"])  # of 120 rows
     unit = 2**-10 if dtype == "float16" else 2**-7
     difference = (logits["auto"] - logits["decoded"]).abs().max() / logits["decoded"].abs().max()
     assert float(difference) <= 16 * unit

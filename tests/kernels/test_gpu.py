@@ -9,12 +9,15 @@ import sys
 import pytest
 import torch
 
+from compress import packed_linear
 from compress.errors import RunError
 from compress.grid import GridSpec
-from compress.kernels.choose import choose
+from compress.kernels.choose import Choice, choose
 from compress.kernels.fragments import as_four_bits
 from compress.kernels.gpu import Triton, TritonInt4, TritonSparse24, TritonSparse24Int4, packed_matmul
 from compress.kernels.pack import Layout, pack_part, unpack_weight
+from compress.kernels.reference import Decoded
+from compress.packed_linear import PackedLinear
 from compress.state import LowRank
 from tests.conftest import ROOT
 from tests.kernels.test_pack import grid_of, two_of_four
@@ -135,11 +138,11 @@ def test_the_check_for_gpus_passes_when_interpreted(kind: str) -> None:
 @pytest.mark.parametrize("rows", [16, 70, 1024])
 def test_all_ways_multiply_alike(kind: str, rows: int) -> None:
     """Those that are timed on a GPU to choose among them."""
-    kernel, weight, _ = bench.kernel_of(kind, bench.Case(72, 64, group=32, symmetric=False), torch.float16, "cpu")
-    x = torch.randn(rows, 64).half()
+    kernel, weight, _ = bench.kernel_of(kind, bench.Case(72, 128, group=64, symmetric=False), torch.float16, "cpu")
+    x = torch.randn(rows, 128).half()
     wanted = x.double() @ weight.double().T
     found = bench.ways(rows, bench.fragments_of(kernel), 132, hopper=True)
-    assert len(found) == {16: 2, 70: 3 if kind == "int4" else 6, 1024: 5}[rows]
+    assert len(found) == {16: 3, 70: 4, 1024: 2}[rows] + (5 if kind == "int4" and rows > 16 else 0)
     for name, way in found.items():
         y = way(x, bench.fragments_of(kernel), 72)
         assert float((y.double() - wanted).abs().max()) <= 2**-9 * float(wanted.abs().max()), name
@@ -159,3 +162,31 @@ def test_the_check_wants_a_gpu() -> None:
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 1
     assert "torch finds no GPU" in found.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_many_rows_are_multiplied_with_the_plain_weight_beside_it(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Exactly as without packing; few rows as by the kernel."""
+    out, width, dtype, spec = 24, 64, torch.float16, GridSpec(4, 32)
+    grid = grid_of(spec, out, width, dtype, 1)
+    branch = LowRank(torch.randn(out, rank), torch.randn(rank, width)) if rank else None
+    layout = Layout(out, width, dtype, spec, False, rank)
+    parts = {suffix: pack_part(layout, suffix, grid, None, branch) for suffix in layout.tensors()}
+    monkeypatch.setattr(packed_linear, "choose", lambda *_: Choice(TritonInt4, "", TritonInt4.most_rows))
+    made = PackedLinear(layout, dtype, bias=False)
+    made.load_state_dict(parts)
+    made.settle("linear", "both")
+    for rows, kernel in ((32, TritonInt4(layout, parts, dtype)), (33, Decoded(layout, parts, dtype))):
+        x = torch.randn(rows, width).half()
+        assert torch.equal(made(x), kernel(x))
+
+
+def test_who_keeps_a_plain_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    layout, device = Layout(32, 64, torch.float16, GridSpec(4, 32)), torch.device("cuda")
+    assert choose(layout, device, torch.float16).most_rows is None
+    both = choose(layout, device, torch.float16, "both")
+    assert both.most_rows == 32
+    assert both.why == "codes of 4 bits, float16; more than 32 rows with a plain weight"
+    assert choose(layout, torch.device("cpu"), torch.float32, "both").most_rows is None  # which is decoded anyway

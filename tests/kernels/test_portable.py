@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from compress.grid import GridSpec
 from compress.kernels import gpu
 from compress.kernels.choose import choose
-from compress.kernels.fragments import PACKED_ROWS, arrange_masks, arrange_up, arrange_zeros
+from compress.kernels.fragments import PACKED_ROWS, arrange_masks, arrange_zeros
 from compress.kernels.gpu import TritonPortable, portable_matmul
 from compress.kernels.pack import Layout
 
@@ -20,7 +20,7 @@ if torch.cuda.is_available():
     pytest.skip("kernels run: see test_cuda.py", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # as in test_product.py
 pytest.importorskip("triton")
-from compress.kernels import bench, multiply, multiply_portable
+from compress.kernels import bench, multiply_portable
 from tests.kernels.test_product import KINDS, two_of_four, weight_of
 
 
@@ -48,28 +48,6 @@ def test_products_are_those_in_float64(
     summed = 36 * x.double().abs().sum(1, keepdim=True)
     allowed = 2**-11 * wanted.abs() + (width + 2) * 2**-23 * summed + 2**-12
     assert bool(((found.double() - wanted).abs() <= allowed).all())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("group", "symmetric", "width"), [(128, True, 256), (32, False, 192), (64, False, 192), (-1, False, 200)]
-)
-def test_it_reads_what_is_arranged_for_other_kernels(
-    kind: str, group: int, symmetric: bool, width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Positions in place of masks, offsets in place of zero-points: 2:4 of some hundred rows on Hopper."""
-    monkeypatch.setattr(multiply, "RAN", True)
-    out, rows = 40, 66
-    weight, exact = weight_of(kind, out, width, torch.float16, 3, group, symmetric=symmetric)
-    x, dx, up = (torch.randn(shape).half() for shape in ((rows, width), (rows, 16), (out, 16)))
-    if kind == "int4" or group in (32, 64):  # which others multiply
-        found = multiply_portable.launch(multiply_portable.tile_for(rows), x, weight, out, masks=False)
-        found += dx @ up.T
-    else:
-        assert multiply.EXPANDED[0] <= rows <= multiply.EXPANDED[1]
-        found = multiply.multiply(x, weight, out, arrange_up(up), dx, processors=132, hopper=True)
-    wanted = x.double() @ exact.double().T + dx.double() @ up.double().T
-    assert float((found.double() - wanted).abs().max()) <= 2**-9 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
