@@ -129,8 +129,8 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     entries = [gram_entries(width) for width in widths.values()]
     grams = sum(entries) if together else max(entries, default=0)
     adding = 12 * max((width * panels(width)[0][1] for width in widths.values()), default=0)
-    # Factoring holds three more matrices of the Gram's size beside the weight; solving, the factor.
-    factor, held = (3 * square + 8 * largest.weights if square else 0), square
+    # Factoring holds three more matrices of a Gram's size beside the weight; solving, the factor and the whole Gram.
+    factor, held = (3 * square + 8 * largest.weights if square else 0), 2 * square
     seeing = written * overlap + forward + 8 * grams + adding
     busiest = max(seeing, 4 * grams + kept + max(factor, held + solve))
     phases = {"blocks": base + light + block + flow + busiest + KEPT}  # the heap keeps so much when it is freed
