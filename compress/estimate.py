@@ -121,8 +121,8 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     flow = _flow(lock, keep=keep, pause=pause)
     # float32 dense, current and solved weight, scores, and the int64 order of a sort
     solve = 32 * largest.weights
-    # Gram matrices, about half of each: of all subsets of a block together, which a pass over blocks always has, or of one
-    # at a time. In float64 while tokens are seen, with a panel's product, in both precisions, that is added to it.
+    # Gram matrices, about half of each: of all subsets of a block together, which a pass over blocks always has, or of
+    # one at a time. In float64 while tokens are seen, with a panel's product, in both precisions, that is added to it.
     widths = {n.subset: n.in_features for n in done if _statistics(lock, n) is Statistics.GRAM}
     square = 4 * max(widths.values(), default=0) ** 2
     together = lock.plan.run.refresh == "block" or any(lock.block_passes(sweep) for sweep in range(len(lock.sweeps)))

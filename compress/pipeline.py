@@ -277,7 +277,8 @@ class Execution:
     def _batches(self) -> list[int]:
         """How many samples each batch of all processes has."""
         assert self.tokens is not None
-        return batch_rows(*self.tokens.ids.shape, self.mode.device, self.world.size)
+        samples, length = self.tokens.ids.shape
+        return batch_rows(samples, length, self.mode.device, self.world.size)
 
     @property
     def rows(self) -> list[int]:

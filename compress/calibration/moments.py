@@ -218,7 +218,7 @@ class Moments:
         # multiplications of ΔH, and no matrix of its size.
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for (start, stop), panel in self._each():
-            own, panel = difference[:, start:stop], panel.float()  # noqa: PLW2901
+            own, panel = difference[:, start:stop], panel.float()
             product = torch.addmm(own @ panel[: stop - start], difference[:, stop:], panel[stop - start :], alpha=2.0)
             total += product.mul_(own).sum(dtype=torch.float64)
         return float(total)
