@@ -141,9 +141,10 @@ def costs(shape: Shape, processes: int, rates: dict[str, float], network: float)
     activations = share * shape.hidden * 4
     kept = shape.weights * (1 + 1 / 8 + 2 / 128) + sum(2 * RANK * (out + width) for _, out, width in shape.linears)
     # A ring sends each byte twice, less the own part; results go from their owner to all, in a tree's depth of steps.
-    sent = 0.56 * 4 * squares * 2 * (processes - 1) / processes + (kept if processes > 1 else 0)
+    sent = 0.56 * 8 * squares * 2 * (processes - 1) / processes + (kept if processes > 1 else 0)
     largest = max(shape.inputs)
     heaviest = max(out * width for _, out, width in shape.linears)
+    solving = 4 * 0.56 * squares + max(12 * largest**2, 8 * largest**2 + 32 * heaviest)
     return {
         "forward": 2 * share * shape.weights / rates["product"],
         "moments": share * squares / rates["moments"],
@@ -151,7 +152,7 @@ def costs(shape: Shape, processes: int, rates: dict[str, float], network: float)
         "disk": (2 * activations + kept) / rates["write"] + (activations + kept) / rates["hash"],
         "network": sent / network,
         "sent": sent,
-        "memory": 4 * shape.weights + 4 * squares + max(12 * largest**2, 4 * largest**2 + 32 * heaviest),
+        "memory": 4 * shape.weights + max(8 * 0.56 * squares, solving),
         "work_directory": 2 * activations + kept,
     }
 

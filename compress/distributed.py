@@ -1,10 +1,10 @@
 """Several processes, one run: `torchrun --nproc-per-node N -m compress plan.toml` (decision D10).
 
 The first process, of rank 0, leads: it checks, keeps the journal and exports. The others follow it into every sweep and
-barrier. In a sweep each process runs its own calibration samples; the moments are added up over all of them, each
-linear is solved by one process, and what it made of it goes to all. Where the whole model is trained, each holds a
-share of it (FSDP2) and takes a share of every batch. Processes find each other, and shard, through accelerate; they
-share the output's disk, from which those that follow read the journal.
+barrier. In a sweep each process runs its own batches of calibration samples; the moments are added up over all of
+them, each linear is solved by one process, and what it made of it goes to all. Where the whole model is trained, each
+holds a share of it (FSDP2) and takes a share of every batch. Processes find each other, and shard, through accelerate;
+they share the output's disk, from which those that follow read the journal.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class World:
             raise RunError(f"{who} of the run ended", where=f"process {self.rank}", fix=fix) from error
 
     def portion(self, count: int) -> slice:
-        """This process's part of `count` samples: consecutive, and as many as any other's but for one."""
+        """This process's part of `count` batches: consecutive, and as many as any other's but for one."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum(self, tensor: Tensor) -> None:
@@ -232,12 +232,12 @@ class Share:
 
 
 class OwnShare(Share):
-    """Each process has samples of its own (`World.portion`), and a whole copy of what is trained."""
+    """Each process has samples of its own, and a whole copy of what is trained."""
 
-    def __init__(self, world: World, samples: int, count: Callable[[Tensor], float]) -> None:
-        """`samples`: of all processes; `count`: as for `Share`."""
+    def __init__(self, world: World, own: slice, count: Callable[[Tensor], float]) -> None:
+        """`own`: which samples are this process's; `count`: as for `Share`."""
         super().__init__(world, count)
-        self._own = world.portion(samples)
+        self._own = own
 
     def _mine(self, world: World, indices: Tensor) -> Tensor:
         return indices[(indices >= self._own.start) & (indices < self._own.stop)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.calibration.moments import Statistics
+from compress.calibration.moments import Statistics, gram_entries, panels
 from compress.errors import PlanError
 from compress.journal import work_directory
 from compress.memory import KEPT, resident_memory
@@ -121,15 +121,18 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     flow = _flow(lock, keep=keep, pause=pause)
     # float32 dense, current and solved weight, scores, and the int64 order of a sort
     solve = 32 * largest.weights
-    # Gram matrices: of all subsets of a block together, which a pass over blocks always has, or of one at a time; and
-    # the product that is added to one.
-    squares = {n.subset: 4 * n.in_features**2 for n in done if _statistics(lock, n) is Statistics.GRAM}
-    square = max(squares.values(), default=0)
+    # Gram matrices, about half of each: of all subsets of a block together, which a pass over blocks always has, or of
+    # one at a time. In float64 while tokens are seen, with a panel's product, in both precisions, that is added to it.
+    widths = {n.subset: n.in_features for n in done if _statistics(lock, n) is Statistics.GRAM}
+    square = 4 * max(widths.values(), default=0) ** 2
     together = lock.plan.run.refresh == "block" or any(lock.block_passes(sweep) for sweep in range(len(lock.sweeps)))
-    grams = sum(squares.values()) if together else square
-    # Factoring holds three more matrices of the Gram's size beside the weight; solving, the factor.
-    factor, held = (3 * square + 8 * largest.weights if square else 0), square
-    busiest = grams + max(written * overlap + forward + square, kept + factor, kept + held + solve)
+    entries = [gram_entries(width) for width in widths.values()]
+    grams = sum(entries) if together else max(entries, default=0)
+    adding = 12 * max((width * panels(width)[0][1] for width in widths.values()), default=0)
+    # Factoring holds three more matrices of a Gram's size beside the weight; solving, the factor and the whole Gram.
+    factor, held = (3 * square + 8 * largest.weights if square else 0), 2 * square
+    seeing = written * overlap + forward + 8 * grams + adding
+    busiest = max(seeing, 4 * grams + kept + max(factor, held + solve))
     phases = {"blocks": base + light + block + flow + busiest + KEPT}  # the heap keeps so much when it is freed
     if lock.calibrated:
         phases["embedding"] = base + light + embedding + flow

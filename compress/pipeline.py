@@ -274,17 +274,30 @@ class Execution:
         (Barrier if self.lock.is_barrier(number) else Sweep)(self, number).carry_out()
 
     @property
-    def share(self) -> TokenSet:
-        """This process's part of the calibration set."""
+    def _batches(self) -> list[int]:
+        """How many samples each batch of all processes has."""
         assert self.tokens is not None
-        part = self.world.portion(len(self.tokens.ids))
-        return TokenSet(self.tokens.ids[part], self.tokens.mask[part])
+        samples, length = self.tokens.ids.shape
+        return batch_rows(samples, length, self.mode.device, self.world.size)
 
     @property
     def rows(self) -> list[int]:
-        """How many samples of the share each batch has."""
-        samples, length = self.share.ids.shape
-        return batch_rows(samples, length, self.mode.device)
+        """How many samples each batch of this process has."""
+        batches = self._batches
+        return batches[self.world.portion(len(batches))]
+
+    @property
+    def part(self) -> slice:
+        """This process's samples: whole batches, so that every batch is the same whatever process has it."""
+        batches = self._batches
+        first = sum(batches[: self.world.portion(len(batches)).start])
+        return slice(first, first + sum(self.rows))
+
+    @property
+    def share(self) -> TokenSet:
+        """This process's part of the calibration set."""
+        assert self.tokens is not None
+        return TokenSet(self.tokens.ids[self.part], self.tokens.mask[self.part])
 
     def _replace_outside(self, sweep: int) -> None:
         """Have the skeleton use what the sweeps before made of what belongs to no block."""

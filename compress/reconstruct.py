@@ -26,7 +26,7 @@ class BlockForward:
         self.sweep, self.index, self.flow = sweep, index, flow
         assert sweep.run.tokens is not None
         self.samples = len(sweep.run.tokens.ids)
-        self._first = sweep.run.world.portion(self.samples).start
+        self._own = sweep.run.part
         self.store = TrainingStore(sweep.run, sweep.number, index)
         self.learning = _apart(module)
         with sweep.skeleton.dense_block(index) as dense:
@@ -39,10 +39,10 @@ class BlockForward:
         if world.size == 1:
             return Share()
         sizes = torch.zeros(self.samples, dtype=torch.float64, device=world.device)
-        for sample in range(self._first, self._first + len(self._inputs)):
+        for sample in range(self._own.start, self._own.stop):
             sizes[sample] = self._wanted(torch.tensor([sample])).square().sum()
         world.sum(sizes)
-        return OwnShare(world, self.samples, lambda chosen: float(sizes[chosen].sum()))
+        return OwnShare(world, self._own, lambda chosen: float(sizes[chosen].sum()))
 
     def install(self, modules: dict[str, AdaptedLinear]) -> dict[str, nn.Parameter]:
         """Put adapted linears into the copy; returns its other parameters by name in the block."""
@@ -65,8 +65,8 @@ class BlockForward:
 
     def _run(self, block: nn.Module, chosen: Tensor) -> Tensor:
         """A block's outputs (tokens, hidden) for the real tokens of this process's samples."""
-        x = self._inputs[chosen - self._first].float()
-        real = self.sweep.run.share.mask[chosen - self._first].to(x.device)
+        x = self._inputs[chosen - self._own.start].float()
+        real = self.sweep.run.share.mask[chosen - self._own.start].to(x.device)
         args, kwargs = self.sweep.skeleton.calls(*x.shape[:2])[self.index]
         output: Tensor = block(x, *args, **kwargs)
         return output[real]

@@ -32,9 +32,17 @@ if TYPE_CHECKING:
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
-def batch_rows(samples: int, length: int, device: torch.device) -> list[int]:
-    """How many rows each batch has. A function of the plan and the kind of device only: results depend on it."""
-    rows = max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) // length)
+FEWEST = 8  # batches, where there are as many samples: a process has whole ones
+
+
+def batch_rows(samples: int, length: int, device: torch.device, processes: int = 1) -> list[int]:
+    """How many rows each batch has. A function of the plan and the kind of device only: results depend on it.
+
+    Of `processes` each has whole batches; where they are more than these, batches are smaller.
+    """
+    rows = max(1, min(BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) // length, samples // FEWEST))
+    if -(-samples // rows) < processes:
+        rows = max(1, samples // processes)
     return [min(rows, samples - start) for start in range(0, samples, rows)]
 
 

@@ -247,3 +247,14 @@ def test_batches_cover_all_rows_and_keep_to_their_tokens(samples: int, length: i
     assert sum(rows) == samples
     assert all(count * length <= max(BATCH_TOKENS["cpu"], length) for count in rows)
     assert len(set(rows[:-1])) <= 1
+
+
+@pytest.mark.parametrize(("samples", "length"), [(7, 600), (11, 24), (128, 256), (128, 2048), (5, 2048)])
+def test_processes_have_the_batches_of_one_and_smaller_ones_only_if_they_are_more(samples: int, length: int) -> None:
+    one = batch_rows(samples, length, CPU)
+    assert len(one) >= min(samples, 8)
+    for processes in range(1, samples + 1):
+        rows = batch_rows(samples, length, CPU, processes)
+        assert sum(rows) == samples
+        assert len(rows) >= processes
+        assert rows == one or processes > len(one)

@@ -36,6 +36,17 @@ DAMPING_LADDER = (1.0, 10.0, 100.0)
 SMALLEST_HALF = 256  # columns; below, LAPACK's own solver is as fast
 
 
+def panels(in_features: int) -> list[tuple[int, int]]:
+    """First and last column (exclusive) of each panel of a Gram matrix, which holds its rows from the diagonal down."""
+    width = max(128, -(-in_features // 8))
+    return [(start, min(start + width, in_features)) for start in range(0, in_features, width)]
+
+
+def gram_entries(in_features: int) -> int:
+    """How many entries of a Gram matrix its panels hold."""
+    return sum((in_features - start) * (stop - start) for start, stop in panels(in_features))
+
+
 @dataclass(frozen=True)
 class Factor:
     """``H_λ⁻¹ = Uᵀ U`` with U (in, in) upper-triangular; `damping` is the one that succeeded, `dead` (in,) bool.
@@ -53,7 +64,8 @@ class Factor:
 class Moments:
     """Sums over the tokens seen: `squares` (in,) = Σ x², and with GRAM `gram` (in, in) = Σ x xᵀ and `sums` (in,) = Σ x.
 
-    float32 throughout; padding never enters (`add` takes real tokens only).
+    Padding never enters (`add` takes real tokens only). Of the Gram matrix about half is held, the `panels`: in float64
+    until `reduce`, in float32 from then on.
     """
 
     in_features: int
@@ -62,69 +74,75 @@ class Moments:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        self._squares = torch.zeros(self.in_features, device=self.device)
-        self.sums = torch.zeros(self.in_features, device=self.device)
-        self._lower: Tensor | None = None
+        self._squares, self._sums = self._zeros(self.in_features), self._zeros(self.in_features)
+        self._panels: list[Tensor] | None = None  # (in − start, stop − start) each
         if self.statistics is Statistics.GRAM:
-            self._lower = torch.zeros(self.in_features, self.in_features, device=self.device)
+            edges = panels(self.in_features)
+            self._panels = [self._zeros(self.in_features - start, stop - start) for start, stop in edges]
         self._factors: dict[tuple[float, bool], Factor] = {}
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch. `inputs`: (tokens, in_features), real tokens only."""
         x = inputs.float()
         self.tokens += x.shape[0]
         self._factors.clear()
-        if self._lower is None:
+        if self._panels is None:
             self._squares += (x * x).sum(0)  # ten times as fast as vector_norm over rows
             return
-        self.sums += x.sum(0)
-        # Only the lower triangle, panel by panel: about half of the multiplications of XᵀX.
-        for start, stop in self._panels():
-            self._lower[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
+        self._sums += x.sum(0)
+        for (start, stop), panel in self._each():
+            panel += x[:, start:].T @ x[:, start:stop]
 
     def merge(self, other: Moments) -> None:
         """Add the sums of `other`, which saw other tokens of the same input."""
         self.tokens += other.tokens
         self._factors.clear()
-        if self._lower is None:
-            self._squares += other.squares
+        if self._panels is None:
+            self._squares += other._diagonal
             return
-        if other._lower is None:
+        if other._panels is None:
             raise ValueError("a Gram matrix cannot be merged with column norms")
-        self._lower += other._lower
-        self.sums += other.sums
+        for panel, more in zip(self._panels, other._panels, strict=True):
+            panel += more
+        self._sums += other._sums
 
     def reduce(self, world: World) -> None:
-        """Add up the sums over the processes of a run, each of which saw its own tokens of the same input."""
-        if world.size == 1:
-            return
+        """Add up the sums over the processes of a run, each of which saw its own batches; no batch comes after."""
         counted = torch.tensor(self.tokens, dtype=torch.int64, device=self.device)
         world.sum(counted)
         self.tokens = int(counted)
         self._factors.clear()
-        if self._lower is None:
-            world.sum(self._squares)
-            return
-        world.sum(self.sums)
-        for start, stop in self._panels():  # about half of the matrix is above the diagonal, and need not travel
-            panel = self._lower[start:stop, :stop].contiguous()
+        world.sum(self._squares)
+        world.sum(self._sums)
+        for index, panel in enumerate(self._panels or ()):
             world.sum(panel)
-            self._lower[start:stop, :stop] = panel
+            self._panels[index] = panel.float()  # type: ignore[index]
 
     def rescaled(self, scale: Tensor) -> Moments:
         """The moments of ``x ⊙ scale``, scale (in,)."""
-        other = Moments(self.in_features, self.statistics, self.device, self.tokens)
-        if self._lower is None:
-            other._squares = self._squares * scale.square()
-        else:
-            other._lower = (self._lower * scale).mul_(scale.unsqueeze(1))
-            other.sums = self.sums * scale
+        other = Moments(self.in_features, Statistics.NONE, self.device, self.tokens)
+        other.statistics = self.statistics
+        other._squares, other._sums = self._squares * scale.square(), self._sums * scale
+        if self._panels is not None:
+            other._panels = [(panel * scale[a:b]).mul_(scale[a:].unsqueeze(1)) for (a, b), panel in self._each()]
         return other
+
+    @property
+    def sums(self) -> Tensor:
+        """(in,) Σ x per column; zero when only norms were collected."""
+        return self._sums.float()
 
     @property
     def squares(self) -> Tensor:
         """(in,) Σ x² per column."""
-        return self._squares if self._lower is None else self._lower.diagonal().clone()
+        return self._diagonal.float()
+
+    @property
+    def _diagonal(self) -> Tensor:
+        return self._squares if self._panels is None else torch.cat([panel.diagonal() for panel in self._panels])
 
     @property
     def norms(self) -> Tensor:
@@ -133,11 +151,12 @@ class Moments:
 
     def gram(self) -> Tensor:
         """(in, in) Σ x xᵀ, symmetric. Raises ValueError when only norms were collected."""
-        if self._lower is None:
-            raise ValueError("the Gram matrix was not collected; the pass must declare statistics = Statistics.GRAM")
-        lower = self._lower.tril_()
-        full = lower + lower.T
-        full.diagonal().mul_(0.5)
+        full = torch.empty(self.in_features, self.in_features, device=self.device)
+        for (start, stop), panel in self._each():
+            full[start:, start:stop] = panel
+            full[start:stop, stop:] = panel[stop - start :].T
+            corner = full[start:stop, start:stop]
+            corner.copy_(corner.tril() + corner.tril(-1).T)
         return full
 
     def is_finite(self) -> bool:
@@ -185,27 +204,30 @@ class Moments:
         """A copy of ``J H J``, of which the lower triangle counts; `order` puts H's rows and columns in another one."""
         if order is not None:
             return self.gram()[order][:, order].flip(0, 1)
-        if self._lower is None:
-            return self.gram().flip(0, 1)
-        return self._lower.tril_().flip(0, 1).T  # the transpose of an upper triangle
+        n = self.in_features
+        turned = torch.zeros(n, n, device=self.device)
+        for (start, stop), panel in self._each():
+            turned[: n - start, n - stop : n - start] = panel.flip(0, 1)
+        return turned.T  # what is above the diagonal of `turned` is the lower triangle of its transpose
 
     def error(self, difference: Tensor) -> float:
         """``‖Δ X‖²`` of a weight difference Δ (out, in): exact with the Gram matrix, its diagonal part with norms."""
-        if self._lower is None:
+        if self._panels is None:
             return float((difference.square() @ self.squares).sum())
-        # With the lower triangle L of H and its diagonal D, H = L + Lᵀ − D, so tr(ΔHΔᵀ) = 2 Σ Δ∘(ΔL) − Σ Δ²D. Panel by
-        # panel only the rows under the diagonal take part: half the multiplications of ΔH, and no matrix of its size.
-        lower = self._lower.tril_()
-        total = -(difference.square() @ lower.diagonal()).sum(dtype=torch.float64)
-        for start, stop in self._panels():
-            product = difference[:, start:] @ lower[start:, start:stop]
-            total += 2.0 * product.mul_(difference[:, start:stop]).sum(dtype=torch.float64)
+        # tr(ΔHΔᵀ) panel by panel: what is on the block diagonal of H once, what is below it twice. That is half of the
+        # multiplications of ΔH, and no matrix of its size.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for (start, stop), panel in self._each():
+            own, panel = difference[:, start:stop], panel.float()
+            product = torch.addmm(own @ panel[: stop - start], difference[:, stop:], panel[stop - start :], alpha=2.0)
+            total += product.mul_(own).sum(dtype=torch.float64)
         return float(total)
 
-    def _panels(self) -> Iterator[tuple[int, int]]:
-        width = max(128, -(-self.in_features // 8))
-        for start in range(0, self.in_features, width):
-            yield start, min(start + width, self.in_features)
+    def _each(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """The panels with their first and last columns. Raises ValueError when only norms were collected."""
+        if self._panels is None:
+            raise ValueError("the Gram matrix was not collected; the pass must declare statistics = Statistics.GRAM")
+        return zip(panels(self.in_features), self._panels, strict=True)
 
 
 def _invert_upper(R: Tensor) -> None:

@@ -144,6 +144,7 @@ class WidthPruning(Narrowing, BlockPass):
                 state.weight = refitted(W, moments, columns, damping)
             else:
                 state.weight = torch.where(gone.to(W.device), 0.0, W)
+            state.settle()
             if self.score == "flap":
                 self._compensate(block, name, (W - state.weight) @ (moments.sums / max(1, moments.tokens)))
             block.found |= {f"{width.name}:kept": kept}

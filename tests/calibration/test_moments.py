@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.calibration.moments import DAMPING_LADDER, Moments, Statistics
+from compress.calibration.moments import DAMPING_LADDER, Moments, Statistics, gram_entries, panels
+from compress.distributed import World
 from compress.errors import RunError
 from tests.passes import correlated, damped, draw, moments_of, papers_factor
 
@@ -70,6 +71,38 @@ def test_batches_in_any_cut_and_order_give_the_sums_of_the_whole(statistics, cut
     torch.testing.assert_close(moments.squares.double(), inputs.double().square().sum(0), rtol=1e-6, atol=0)
     if statistics is Statistics.GRAM:
         assert relative(moments.gram(), inputs.double().T @ inputs.double()) < 1e-6
+
+
+@pytest.mark.parametrize("statistics", BOTH)
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=20, max_size=20), st.randoms(use_true_random=False))
+def test_whatever_process_adds_a_batch_and_when_the_sums_are_the_same_bits(statistics, owners, random):
+    """Batches of very different size, dealt out anyhow to four, each of which adds its own in any order."""
+    batches = [correlated(9, 150, seed=seed) * 10.0 ** (seed % 3) for seed in range(20)]
+    parts = [Moments(150, statistics) for _ in range(4)]
+    for index in random.sample(range(20), 20):
+        parts[owners[index]].add(batches[index])
+    total = parts[0]
+    for part in parts[1:]:
+        total.merge(part)
+    alone = Moments(150, statistics)
+    for batch in batches:
+        alone.add(batch)
+    alone.reduce(World(torch.device("cpu")))  # of one process: only rounds
+    assert torch.equal(total.squares, alone.squares)
+    if statistics is Statistics.GRAM:
+        assert torch.equal(total.gram(), alone.gram())
+        assert torch.equal(total.sums, alone.sums)
+        assert torch.equal(total.factor(0.01).upper, alone.factor(0.01).upper)
+
+
+@pytest.mark.parametrize("width", [1, 128, 150, 1100])
+def test_the_panels_cover_the_lower_triangle_and_are_counted(width):
+    covered = torch.zeros(width, width, dtype=torch.int64)
+    for start, stop in panels(width):
+        covered[start:, start:stop] += 1
+    assert bool((covered.tril() == torch.ones_like(covered).tril()).all())
+    assert int(covered.sum()) == gram_entries(width)
 
 
 @pytest.mark.parametrize("statistics", BOTH)
@@ -200,7 +233,7 @@ def test_a_factor_is_kept_by_damping_until_tokens_come_in():
 @pytest.mark.parametrize("step", DAMPING_LADDER)
 def test_the_ladder_is_climbed_as_far_as_needed(step):
     moments = Moments(2, Statistics.GRAM)
-    moments._lower = torch.tensor([[1.0, 0.0], [1.05, 1.0]])  # no inputs have it: one eigenvalue is -0.05
+    moments._panels = [torch.tensor([[1.0, 0.0], [1.05, 1.0]])]  # no inputs have it: one eigenvalue is -0.05
     factor = moments.factor(0.08 / step)
     assert factor.damping == pytest.approx(0.08)
     H = torch.tensor([[1.08, 1.05], [1.05, 1.08]], dtype=torch.float64)
@@ -210,7 +243,7 @@ def test_the_ladder_is_climbed_as_far_as_needed(step):
 
 def test_beyond_the_ladder_there_is_no_factor():
     moments = Moments(2, Statistics.GRAM)
-    moments._lower = torch.tensor([[1.0, 0.0], [1.05, 1.0]])
+    moments._panels = [torch.tensor([[1.0, 0.0], [1.05, 1.0]])]
     with pytest.raises(RunError, match="not positive definite"):
         moments.factor(0.00049)
     moments.factor(0.00051)

@@ -462,7 +462,7 @@ def test_the_dense_weight_is_never_changed(shape):
 def by_hand(gram: list[list[float]]) -> Moments:
     """Moments of a Gram matrix that no inputs have: what rounding can leave of a nearly singular one."""
     moments = Moments(len(gram), Statistics.GRAM)
-    moments._lower = torch.tensor(gram)
+    moments._panels = [torch.tensor(gram)]
     return moments
 
 

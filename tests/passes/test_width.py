@@ -407,3 +407,14 @@ def test_what_no_multiple_meets_is_refused_with_what_does(
         assert 0 < rounded("heads", fraction, size, 2) < size
     else:
         assert failure.value.fix == "leave heads out"
+
+
+@pytest.mark.parametrize("score", ["obs", "wanda"])
+def test_what_is_left_is_what_the_checkpoint_can_hold(score: str) -> None:
+    """The rest of the block is calibrated behind it."""
+    block, _ = block_of("llama", 3)
+    for state in block.linears.values():
+        state.dtype = torch.float16
+    WidthPruning(channels=0.5, multiple=1, score=score).apply(block)
+    weight = block.linears["mlp.down_proj"].weight
+    assert torch.equal(weight, weight.half().float())
