@@ -45,8 +45,9 @@ def load(
         directory: an output of compress in any of its formats, or any other model in safetensors; a hub id, too.
         device: where to run it; "auto" is CUDA where there is one.
         dtype: of activations and plain weights: float16, bfloat16 or float32; "auto" is the checkpoint's.
-        kernels: "auto" takes the fastest of each linear; "decoded" decodes all weights now, and "reference" in every
-            call, which is slow and there to compare with.
+        kernels: "auto" takes the fastest of each linear for few rows; "both" keeps a plain weight beside it for many,
+            where that is faster; "portable" takes no instruction of one vendor; "decoded" decodes all weights now, and
+            "reference" in every call, which is slow and there to compare with.
         trust_remote_code: run Python code that comes with the model.
 
     Returns:
