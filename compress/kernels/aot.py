@@ -216,7 +216,11 @@ def layouts(text: str) -> set[str]:
     )
     for name, *parts in re.findall(pattern, text, re.MULTILINE):
         known[name] = " ".join(parts)
-    lines = [line.partition("loc(")[0] for line in text.splitlines() if "elementwise_inline_asm" in line]
+    lines = [
+        line.partition("loc(")[0]
+        for line in text.splitlines()
+        if "elementwise_inline_asm" in line and "tensor<" in line
+    ]
     # without PTX, as in decoding 2:4 without codes, nothing is asked
     warps = re.search(r'"ttg.num-warps" = (\d+)', text)
     assert warps is not None

@@ -243,7 +243,9 @@ def register_options(tile: Tile, w: Fragments) -> dict[str, Any]:
         return {}
     if size == 8 and tile.ahead and w.scale is None:
         return {"maxnreg": 160}
-    level = 3 if size != 8 or tile.ahead or tile.scaled else 7
+    both = w.scale is not None and w.positions is not None
+    more = both and w.offset is None if size == 2 else size == 8 and not tile.ahead and not tile.scaled
+    level = 7 if more else 3
     return {"ptx_options": f"--register-usage-level={level}"}
 
 
