@@ -210,8 +210,8 @@ def check_code(line: dict[str, Any]) -> None:
 def limit(line: dict[str, Any]) -> float:
     """What issue 6 sets for instructions per weight, groups of 128 and up to 16 rows of x; elsewhere nothing.
 
-    It sets 1.3 for codes of 2:4 by `mma.sp`. Four tiles a warp keep to it, and two in float16; of one tile, decoding,
-    x and the sums alone take 1.2 (docs/decisions/015-fragments.md).
+    It sets 1.3 for codes of 2:4 by `mma.sp`, which up to 8 rows keep whose x is in order, in float16; decoding, x and
+    the sums alone take 1.2 (docs/decisions/015-fragments.md).
     """
     kind, tile = line["kind"], line["tile"]
     if line["group"] != 128 or line["branch"] or line["offsets"] or not tile:
@@ -221,7 +221,8 @@ def limit(line: dict[str, Any]) -> float:
     if line["kernel"] != "product" or tile["eights"] > 2:
         return math.inf
     if kind == "sparse24_int4":
-        return 1.3 if tile["tiles"] == 4 else 1.45 if tile["tiles"] == 2 else 1.7
+        few = tile["arranged"] and tile["eights"] == 1 or tile["tiles"] == 2
+        return 1.7 if line["half"] == "bf16" else 1.32 if few else 1.5
     return {"int4": 2.6, "sparse24": 5.5}[kind]
 
 
