@@ -221,7 +221,7 @@ def limit(line: dict[str, Any]) -> float:
     if line["kernel"] != "product" or tile["eights"] > 2:
         return math.inf
     if kind == "sparse24_int4":
-        few = tile["arranged"] and tile["eights"] == 1 or tile["tiles"] == 2
+        few = (tile["arranged"] and tile["eights"] == 1) or tile["tiles"] == 2
         return 1.7 if line["half"] == "bf16" else 1.32 if few else 1.5
     return {"int4": 2.6, "sparse24": 5.5}[kind]
 
