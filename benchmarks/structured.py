@@ -1,6 +1,6 @@
 """Structured pruning: what it costs in perplexity, and what it gains in speed with stock transformers.
 
-    python benchmarks/structured.py quality [--assets DIR] [--model NAME] [--only TEXT …] [--steps N] [--rate R]
+    python benchmarks/structured.py quality [--assets DIR] [--model M] [--only TEXT …] [--steps N] [--rate R] [--seed S]
     python benchmarks/structured.py speed [--threads 1] [--json benchmarks/results/structured-speed.json]
 
 quality: calibration, training and scoring as in repair.py. Each score in one shot, then with the same training (LoRA of
@@ -52,9 +52,10 @@ score = "magnitude"
 """
 
 
-def rows(model: str, steps: int, rate: float) -> dict[str, tuple[Pass, ...]]:
+def rows(model: str, steps: int, rate: float, seed: int = 0) -> dict[str, tuple[Pass, ...]]:
     """The plans, by name."""
-    training: dict[str, Any] = {"rank": 16, "steps": steps, "learning_rate": rate, "distill": 0.5, "patience": 99}
+    training: dict[str, Any] = {"rank": 16, "steps": steps, "learning_rate": rate, "distill": 0.5}
+    training |= {"patience": 99, "seed": seed}
     recover = PERP(train=("low_rank",), variant="lora-prune", **training)
     found: dict[str, tuple[Pass, ...]] = {}
     for name, removed in REMOVED.items():
@@ -77,7 +78,7 @@ def rows(model: str, steps: int, rate: float) -> dict[str, tuple[Pass, ...]]:
 
 def quality(arguments: argparse.Namespace) -> None:
     """Run the rows and print them."""
-    known = rows(arguments.model, arguments.steps, arguments.rate)
+    known = rows(arguments.model, arguments.steps, arguments.rate, arguments.seed)
     named = [[text] if text in known else [name for name in known if text in name] for text in arguments.only or [""]]
     chosen = [name for name in known if any(name in some for some in named)]
     print("| model | removed, score | parameters | dense | perplexity | KL to dense | seconds |")
@@ -191,6 +192,7 @@ def main() -> None:
     one.add_argument("--only", action="append", default=[], help="a row, or those whose names hold this; repeatable")
     one.add_argument("--steps", type=int, default=150)
     one.add_argument("--rate", type=float, default=3e-3, help="the learning rate of all trainings")
+    one.add_argument("--seed", type=int, default=0, help="of all trainings")
     other = kinds.add_parser("speed")
     other.add_argument("--threads", type=int, default=1)
     other.add_argument("--tokens", type=int, default=24)
