@@ -273,25 +273,20 @@ class Execution:
         self._make_fisher(number)
         (Barrier if self.lock.is_barrier(number) else Sweep)(self, number).carry_out()
 
-    @property
-    def _batches(self) -> list[int]:
-        """How many samples each batch of all processes has."""
+    def _part(self) -> tuple[list[int], slice]:
         assert self.tokens is not None
         samples, length = self.tokens.ids.shape
-        return batch_rows(samples, length, self.mode.device, self.world.size)
+        return self.world.part(batch_rows(samples, length, self.mode.device, self.world.size))
 
     @property
     def rows(self) -> list[int]:
         """How many samples each batch of this process has."""
-        batches = self._batches
-        return batches[self.world.portion(len(batches))]
+        return self._part()[0]
 
     @property
     def part(self) -> slice:
-        """This process's samples: whole batches, so that every batch is the same whatever process has it."""
-        batches = self._batches
-        first = sum(batches[: self.world.portion(len(batches)).start])
-        return slice(first, first + sum(self.rows))
+        """Which samples are this process's."""
+        return self._part()[1]
 
     @property
     def share(self) -> TokenSet:
