@@ -273,7 +273,9 @@ class Execution:
         self._make_fisher(number)
         (Barrier if self.lock.is_barrier(number) else Sweep)(self, number).carry_out()
 
-    def _part(self) -> tuple[list[int], slice]:
+    @property
+    def part(self) -> tuple[list[int], slice]:
+        """This process's batches, by their numbers of samples, and which samples these are."""
         assert self.tokens is not None
         samples, length = self.tokens.ids.shape
         return self.world.part(batch_rows(samples, length, self.mode.device, self.world.size))
@@ -281,18 +283,14 @@ class Execution:
     @property
     def rows(self) -> list[int]:
         """How many samples each batch of this process has."""
-        return self._part()[0]
-
-    @property
-    def part(self) -> slice:
-        """Which samples are this process's."""
-        return self._part()[1]
+        return self.part[0]
 
     @property
     def share(self) -> TokenSet:
         """This process's part of the calibration set."""
         assert self.tokens is not None
-        return TokenSet(self.tokens.ids[self.part], self.tokens.mask[self.part])
+        own = self.part[1]
+        return TokenSet(self.tokens.ids[own], self.tokens.mask[own])
 
     def _replace_outside(self, sweep: int) -> None:
         """Have the skeleton use what the sweeps before made of what belongs to no block."""
