@@ -77,6 +77,12 @@ class World:
         """This process's part of `count` batches: consecutive, and as many as any other's but for one."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
+    def part(self, batches: list[int]) -> tuple[list[int], slice]:
+        """This process's batches, by their numbers of samples, and its samples: a batch is the same wherever it is."""
+        mine = self.portion(len(batches))
+        first = sum(batches[: mine.start])
+        return batches[mine], slice(first, first + sum(batches[mine]))
+
     def sum(self, tensor: Tensor) -> None:
         """Add up a tensor over the processes, in place; the sums are the same bits in all of them."""
         if self.size > 1:

@@ -115,9 +115,11 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     forward = 2 * 4 * batch * (4 * skeleton.width + 3 * widest)
     done = [linear for linear in _widest(lock) if linear.passes]
     # What the journal keeps of a block: that of the block before is written during the first forward, that of this one
-    # is collected while it is solved, and shares the float32 weights of a float32 model.
+    # is collected while it is solved, and shares the float32 weights of a float32 model, unless they become codes.
     written = sum(sizes[f"{lin.name}.weight"] + lin.weights // 8 for lin in done)
-    kept = written - sum(sizes[f"{lin.name}.weight"] for lin in done if lin.dtype == "F32")
+    shared = [lin for lin in done if lin.dtype == "F32"]
+    codes = sum(lin.weights for lin in shared if any(one.grid() is not None for _, one in lin.passes))
+    kept = written - sum(sizes[f"{lin.name}.weight"] for lin in shared) + codes
     flow = _flow(lock, keep=keep, pause=pause)
     # float32 dense, current and solved weight, scores, and the int64 order of a sort
     solve = 32 * largest.weights

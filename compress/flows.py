@@ -9,6 +9,7 @@ import torch
 
 from compress.checkpoint import raw_bytes
 from compress.errors import RunError
+from compress.invariants import all_finite
 from compress.journal import sync
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Flows:
         """Run a block to its end; what is in front of the next one."""
         after = self._begin(index + 1)
         for batch, hidden in walk.outputs():
-            if not bool(torch.isfinite(hidden).all()):
+            if not all_finite(hidden):
                 raise RunError(
                     f"the output of block {index} ({self.skeleton.prefix(index)[:-1]}) holds NaN or infinity",
                     fix="the model overflows on this text, or a pass broke it; look at the ledger of this block",

@@ -274,30 +274,23 @@ class Execution:
         (Barrier if self.lock.is_barrier(number) else Sweep)(self, number).carry_out()
 
     @property
-    def _batches(self) -> list[int]:
-        """How many samples each batch of all processes has."""
+    def part(self) -> tuple[list[int], slice]:
+        """This process's batches, by their numbers of samples, and which samples these are."""
         assert self.tokens is not None
         samples, length = self.tokens.ids.shape
-        return batch_rows(samples, length, self.mode.device, self.world.size)
+        return self.world.part(batch_rows(samples, length, self.mode.device, self.world.size))
 
     @property
     def rows(self) -> list[int]:
         """How many samples each batch of this process has."""
-        batches = self._batches
-        return batches[self.world.portion(len(batches))]
-
-    @property
-    def part(self) -> slice:
-        """This process's samples: whole batches, so that every batch is the same whatever process has it."""
-        batches = self._batches
-        first = sum(batches[: self.world.portion(len(batches)).start])
-        return slice(first, first + sum(self.rows))
+        return self.part[0]
 
     @property
     def share(self) -> TokenSet:
         """This process's part of the calibration set."""
         assert self.tokens is not None
-        return TokenSet(self.tokens.ids[self.part], self.tokens.mask[self.part])
+        own = self.part[1]
+        return TokenSet(self.tokens.ids[own], self.tokens.mask[own])
 
     def _replace_outside(self, sweep: int) -> None:
         """Have the skeleton use what the sweeps before made of what belongs to no block."""

@@ -26,7 +26,7 @@ class BlockForward:
         self.sweep, self.index, self.flow = sweep, index, flow
         assert sweep.run.tokens is not None
         self.samples = len(sweep.run.tokens.ids)
-        self._own = sweep.run.part
+        self._own = sweep.run.part[1]
         self.store = TrainingStore(sweep.run, sweep.number, index)
         self.learning = _apart(module)
         with sweep.skeleton.dense_block(index) as dense:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -75,20 +76,52 @@ def lowest_of_all(scores: Tensor, count: int) -> Tensor:
 def lowest_in_groups(scores: Tensor, pattern: Pattern) -> Tensor:
     """True at the M−N lowest scores of every M consecutive columns, equal ones taken by index.
 
-    `scores`: (out, in), M divides in. Each pair of places is compared once, for all groups at a time: for the small M
-    of hardware patterns several times as fast as sorting every group (docs/lab-log.md).
+    `scores`: (out, in), M divides in.
     """
     groups = scores.reshape(-1, pattern.group)  # (out · in / M, M)
+    chosen = torch.empty_like(groups, dtype=torch.bool)
+    rows = max(1, SLICE // pattern.group)
+    for some, found in zip(torch.split(groups, rows), torch.split(chosen, rows), strict=True):
+        found.copy_(lowest_places(some.T, pattern).T)
+    return chosen.view(scores.shape)
+
+
+def lowest_places(scores: Tensor, pattern: Pattern) -> Tensor:
+    """True at the M−N lowest scores of every column, equal ones taken by index. `scores`: (M, groups).
+
+    Each pair of places is compared, for all groups at a time: for the small M of hardware patterns many times as fast
+    as sorting every group (docs/lab-log.md).
+    """
     if pattern.group > 16:
-        return lowest(groups, pattern.group - pattern.kept).view(scores.shape)
-    columns = groups.T.contiguous()  # (M, out · in / M)
-    ranks = torch.zeros_like(columns, dtype=torch.uint8)
-    for left in range(pattern.group):
-        for right in range(left + 1, pattern.group):
-            first = columns[left] <= columns[right]
-            ranks[right] += first
-            ranks[left] += ~first
-    return (ranks < pattern.group - pattern.kept).T.reshape(scores.shape)
+        return lowest(scores.T, pattern.group - pattern.kept).T
+    signs, limits = _pairs(pattern, scores.device)
+    not_above = scores.unsqueeze(1) <= scores  # (M, M, groups): of place i and place k
+    return signs @ not_above.view(len(signs[0]), -1).float() < limits
+
+
+@cache
+def _pairs(pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How comparisons of places i and k, of which i < k count, make the lowest scores of a group.
+
+    As many scores are before that of place j as there are i < j that are not above it, and k > j that it is above. With
+    +1 and −1 for `signs` (M, M · M), less than M − N where the signed sum is below `limits` (M, 1).
+    """
+    place = torch.arange(pattern.group, device=device)
+    i, k, j = place.view(-1, 1), place, place.view(-1, 1, 1)
+    signs = ((i < k) & (k == j)).float() - ((i < k) & (i == j)).float()
+    limits = (pattern.group - pattern.kept) - (i < k).sum(1, keepdim=True).float()
+    return signs.flatten(1), limits
+
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where `mask` is True, +0.0 elsewhere, whatever is there.
+
+    As torch.where, which on a CPU is ten times as slow where bits of the mask cannot be guessed.
+    """
+    return (values.view(BITS[values.dtype.itemsize]) * mask).view(values.dtype)
 
 
 @dataclass(frozen=True)
@@ -160,9 +193,7 @@ class LinearState:
 
     def base(self) -> Tensor:
         """The weight beside the branch, (out_features, in_features) float32; +0.0 where pruned."""
-        if self.mask is None:
-            return self.weight
-        return torch.where(self.mask, self.weight, torch.zeros((), dtype=self.weight.dtype, device=self.weight.device))
+        return self.weight if self.mask is None else masked(self.weight, self.mask)
 
     def prune(self, pruned: Tensor) -> None:
         """Clear the bits of the mask where `pruned` (out_features, in_features) is True. Bits never come back."""

@@ -384,6 +384,14 @@ def test_portions_are_a_partition(size: int, count: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@given(st.integers(1, 9), st.lists(st.integers(1, 5), max_size=30))
+def test_parts_are_whole_batches_and_their_samples(size: int, batches: list[int]) -> None:
+    parts = [world(rank, size).part(batches) for rank in range(size)]
+    assert [n for rows, _ in parts for n in rows] == batches
+    assert [n for _, own in parts for n in range(sum(batches))[own]] == list(range(sum(batches)))
+    assert all(own.stop - own.start == sum(rows) for rows, own in parts)
+
+
 @pytest.mark.slow
 def test_what_is_damaged_starts_over_in_all_of_them(tmp_path: Path) -> None:
     """A file of a sweep, then one of a training, of a run that died in its last training."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from compress.checkpoint import lay_out, slots_of, write_shard
+from compress.invariants import all_finite
 from compress.passes import Moments, SparseGPT, Statistics
 from compress.state import (
     LinearState,
@@ -20,10 +21,12 @@ from compress.state import (
     lowest,
     lowest_in_groups,
     lowest_of_all,
+    masked,
     pack_bits,
     pruned_count,
     unpack_bits,
 )
+from tests.conftest import same_bits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -255,3 +258,21 @@ def test_what_the_journal_keeps_does_not_depend_on_how_a_pass_lays_out_its_tenso
     again.restore(through_disk(state.tensors(), tmp_path))
     assert torch.equal(again.weight, state.weight)
     assert torch.equal(again.mask, state.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_masked_is_where_to_the_bit_whatever_is_pruned(dtype: torch.dtype) -> None:
+    values = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[:, 0], values[:, 1], values[:, 2], values[:, 3] = float("nan"), float("inf"), -float("inf"), -0.0
+    mask = torch.rand(12, 8, generator=torch.Generator().manual_seed(1)) > 0.5
+    for some, kept in ((values, mask), (values.T, mask.T)):
+        assert same_bits(masked(some, kept), torch.where(kept, some, torch.zeros((), dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("wrong", [[float("nan")], [float("inf")], [float("inf"), -float("inf")], []])
+def test_finite_is_what_holds_neither_nan_nor_infinity(dtype: torch.dtype, wrong: list[float]) -> None:
+    values = torch.full((300,), torch.finfo(dtype).max, dtype=dtype)  # their sum overflows
+    values[7 : 7 + len(wrong)] = torch.tensor(wrong, dtype=dtype)
+    assert all_finite(values) == (not wrong)
+    assert all_finite(values.sign() if not wrong else values) == (not wrong)

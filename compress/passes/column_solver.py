@@ -5,8 +5,8 @@ column i becomes ``q_i``, the error ``e_i = (w_i − q_i) / U_ii`` is spread ove
 ``W[:, i:] −= e_i U[i, i:]``. Then exactly ``W − Q = E U`` and ``‖E‖² = tr[(W − Q) H_λ (W − Q)ᵀ]``
 (Frantar & Alistarh 2023, arXiv 2301.00774; Frantar et al. 2022, arXiv 2210.17323).
 
-Updates are lazy: within a block of columns at once, for the columns to its right when the block is done. That changes
-the order of additions and nothing else.
+Updates are lazy, twice: within a few columns at once, for the rest of their block when these are done, for the columns
+to its right when the block is. That changes the order of additions and nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from compress.grid import Grid
     from compress.passes.base import GridSettings
+
+
+INNER = 16  # columns, at most, whose errors are spread one by one
 
 
 class ColumnRule(Protocol):
@@ -83,6 +86,7 @@ class OnGrid:
         """Find the range of a group: the columns matter as much as their errors cost, ``1 / U_jj²``."""
         if start == 0:
             self.scale, self.zero, self.codes = (x.to(current.device) for x in (self.scale, self.zero, self.codes))
+            self._rows = self.scale.unbind(), self.zero.unbind(), self.codes.unbind()  # cheaper than indices
         if self._fixed:
             return
         pruned = self._pruned(start, current, diagonal)
@@ -92,10 +96,11 @@ class OnGrid:
 
     def project(self, column: int, current: Tensor) -> Tensor:
         """The nearest values of the column's grids."""
+        scales, zeros, codes = self._rows
         group = self._place[column] // self.width
-        scale, zero = self.scale[group], self.zero[group]
+        scale, zero = scales[group], zeros[group]
         code = self.spec.code(current, scale, zero)
-        self.codes[column] = code
+        codes[column].copy_(code)
         return code.sub_(zero).mul_(scale).to(self.dtype).float()
 
     def grid(self) -> Grid:
@@ -113,7 +118,7 @@ def solve_columns(
 
     Args:
         weight: (out, in) float32; not changed.
-        upper: (in, in) float32, U.
+        upper: (in, in), U; taken in the weight's precision.
         rules: decide the final values.
         block_size: columns per lazy update, which must not influence the result beyond rounding.
 
@@ -122,30 +127,52 @@ def solve_columns(
     """
     W = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out): a column of the layer is one contiguous row
     columns = W.shape[0]
-    block_size = _block_size(block_size, [min(rule.group, columns) for rule in rules])
+    groups = [min(rule.group, columns) for rule in rules]
+    block_size = _block_size(block_size, groups)
+    inner_size = _block_size(min(INNER, block_size), [*groups, block_size])
+    upper = upper.to(weight.dtype)
+    diagonal = upper.diagonal()
     loss = 0.0
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        block = W[start:stop]  # (b, out), a view
-        U = upper[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        inverse = U.diagonal().reciprocal().tolist()
-        for i in range(stop - start):
-            column = start + i
-            final = current = block[i]
-            for rule in rules:
-                if column % rule.group == 0:
-                    ahead = slice(column, min(column + rule.group, columns))
-                    rule.begin(column, W[ahead], upper.diagonal()[ahead])
-                final = rule.project(column, final)
-            torch.sub(current, final, out=errors[i]).mul_(inverse[i])
-            current.copy_(final)
-            if column + 1 < stop:
-                block[i + 1 :].addr_(U[i, i + 1 :], errors[i], alpha=-1.0)
+        errors = torch.empty_like(W[start:stop])  # (b, out)
+        for first in range(start, stop, inner_size):
+            last = min(first + inner_size, stop)
+            mine = errors[first - start : last - start]
+            W[first:last] = _fix(W, first, last, upper, diagonal, rules, mine)
+            if last < stop:
+                W[last:stop].addmm_(upper[first:last, last:stop].T, mine, alpha=-1.0)
         loss += float(errors.square().sum(dtype=torch.float64))
         if stop < columns:
             W[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
     return W.T.contiguous(), loss
+
+
+def _fix(
+    W: Tensor, first: int, last: int, upper: Tensor, diagonal: Tensor, rules: Sequence[ColumnRule], errors: Tensor
+) -> Tensor:
+    """The final values (columns, out) of columns `first` to `last`, and their errors, one after another.
+
+    Here an operation of torch costs more than what it computes, so there are few, on views that are made at once.
+    """
+    block, diagonals = W[first:last], diagonal[first:last].unsqueeze(1)
+    rows = (upper[first:last, first:last] / diagonals).triu(1)  # columns that are fixed take 0 of an error
+    finals = []
+    for column, current, row, error in zip(
+        range(first, last), block.unbind(), rows.unsqueeze(2).unbind(), errors.unsqueeze(1).unbind(), strict=True
+    ):
+        final = current
+        for rule in rules:
+            if column % rule.group == 0:
+                ahead = slice(column, column + rule.group)
+                rule.begin(column, W[ahead], diagonal[ahead])
+            final = rule.project(column, final)
+        torch.sub(current, final, out=error[0])
+        finals.append(final)
+        if column + 1 < last:
+            block.addmm_(row, error, alpha=-1.0)
+    errors.div_(diagonals)
+    return torch.stack(finals)
 
 
 def _block_size(wanted: int, groups: list[int]) -> int:

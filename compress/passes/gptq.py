@@ -72,7 +72,7 @@ class _Pruned:
     group = 1
 
     def __init__(self, pruned: Tensor) -> None:
-        self._pruned = pruned.contiguous()  # (in, out), in the order of the loop
+        self._pruned = pruned.contiguous().unbind()  # (out,) of each column, in the order of the loop
         self._zero = torch.zeros((), device=pruned.device)
 
     def begin(self, start: int, current: Tensor, diagonal: Tensor) -> None:

@@ -55,22 +55,20 @@ def fit(
     low, high = weight.amin(1).clamp_max(0.0), weight.amax(1).clamp_min(0.0)  # (rows,)
     if clip == "minmax":
         return _range(low, high, spec, dtype)
+    shrink = torch.tensor(SHRINK, dtype=weight.dtype, device=weight.device).unsqueeze(1)
     scale, zero = torch.empty_like(low), torch.empty_like(low)
     rows = max(1, SLICE // weight.shape[1])  # what fits the cache
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         some = weight[part]
         d = None if importance is None else importance if importance.ndim == 1 else importance[part]
-        least = torch.full_like(low[part], torch.inf)
-        for factor in SHRINK:
-            s, z = _range(factor * low[part], factor * high[part], spec, dtype)
-            columns = s.unsqueeze(1), z.unsqueeze(1)
-            error = spec.code(some, *columns).sub_(columns[1]).mul_(columns[0]).sub_(some).square_()
-            loss = error.sum(1) if d is None else (error * d).sum(1)
-            better = loss < least
-            scale[part] = torch.where(better, s, scale[part])
-            zero[part] = torch.where(better, z, zero[part])
-            least = torch.where(better, loss, least)
+        scales, zeros = _range(shrink * low[part], shrink * high[part], spec, dtype)  # (ranges, rows)
+        losses, count = [], max(1, SLICE // some.numel())
+        for s, z in zip(*(torch.split(one.unsqueeze(2), count) for one in (scales, zeros)), strict=True):
+            error = spec.code(some, s, z).sub_(z).mul_(s).sub_(some).square_()  # (some ranges, rows, columns)
+            losses.append((error if d is None else error.mul_(d)).sum(2))
+        best = torch.cat(losses).argmin(0, keepdim=True)  # the first of equal ones: the widest range
+        scale[part], zero[part] = scales.gather(0, best)[0], zeros.gather(0, best)[0]
     return scale, zero
 
 

@@ -32,7 +32,7 @@ from compress.passes.base import (
     Statistics,
 )
 from compress.passes.column_solver import OnGrid, solve_columns
-from compress.state import lowest_in_groups, lowest_of_all, pruned_count
+from compress.state import lowest_of_all, lowest_places, pruned_count
 
 
 class SparseGPT(GridSettings, PruningPass):
@@ -97,7 +97,7 @@ class _Mask:
     """Chooses the mask group by group and projects pruned weights to zero."""
 
     def __init__(self, settings: SparseGPT, linear: LinearState, dead: Tensor) -> None:
-        self.settings, self.dead = settings, dead
+        self.settings, self.dead = settings, dead if bool(dead.any()) else None
         self.group = settings.pattern.group if settings.pattern else min(settings.mask_block, linear.in_features)
         before = linear.mask
         self.pruned = (  # (in, out)
@@ -108,7 +108,7 @@ class _Mask:
 
     def begin(self, start: int, current: Tensor, diagonal: Tensor) -> None:
         span = slice(start, start + current.shape[0])
-        self.pruned[span] |= self._chosen(start, current, diagonal)
+        self.pruned[span].logical_or_(self._chosen(start, current, diagonal))
 
     def preview(self, start: int, current: Tensor, diagonal: Tensor) -> Tensor:
         """What would be pruned of any group of columns (columns, out) if the choice were made now.
@@ -128,10 +128,11 @@ class _Mask:
         """The lowest saliencies (group, out) of a group, as many as the pattern or the sparsity prunes."""
         saliency = (current / diagonal.unsqueeze(1)).square_()  # (group, out)
         span = slice(start, start + current.shape[0])
-        saliency.masked_fill_(self.dead[span].unsqueeze(1), 0.0)
+        if self.dead is not None:
+            saliency.masked_fill_(self.dead[span].unsqueeze(1), 0.0)
         saliency.masked_fill_(self.pruned[span], -1.0)
         if self.settings.pattern is not None:
-            return lowest_in_groups(saliency.T, self.settings.pattern).T
+            return lowest_places(saliency, self.settings.pattern)
         # floor(s · all) over the whole layer: the fractions that blocks leave are carried on
         sparsity, rows = self.settings.sparsity or 0.0, current.shape[1]
         count = pruned_count(sparsity, span.stop * rows) - pruned_count(sparsity, span.start * rows)
