@@ -49,7 +49,10 @@ def choose(layout: Layout, device: torch.device, dtype: torch.dtype, kernels: Ke
         problem = kernel.refusal(layout, device, dtype)
         if problem is None:
             why, most = kernel.says(layout, dtype), kernel.most_rows if kernels == "both" else None
-            why += f"; more than {most} rows with a plain weight" if most else ""
+            if most:
+                why += f"; more than {most} rows with a plain weight"
+            elif kernel.most_rows:
+                why += "; for many rows decoded in each product"
             packed = layout.grid is not None or layout.sparse
             if refused and packed and kernel.fallback:
                 reasons = [f"{' and '.join(names)}: {reason}" for reason, names in refused.items()]

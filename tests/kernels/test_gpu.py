@@ -185,7 +185,9 @@ def test_who_keeps_a_plain_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     layout, device = Layout(32, 64, torch.float16, GridSpec(4, 32)), torch.device("cuda")
-    assert choose(layout, device, torch.float16).most_rows is None
+    alone = choose(layout, device, torch.float16)
+    assert alone.most_rows is None
+    assert alone.why == "codes of 4 bits, float16; for many rows decoded in each product"
     both = choose(layout, device, torch.float16, "both")
     assert both.most_rows == 32
     assert both.why == "codes of 4 bits, float16; more than 32 rows with a plain weight"
