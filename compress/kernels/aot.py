@@ -34,7 +34,6 @@ from triton.compiler import ASTSource
 from compress.kernels import multiply_portable
 from compress.kernels.fragments import PACKED_ROWS, Fragments
 from compress.kernels.multiply import (
-    FEW_TILE,
     LARGE_TILE,
     WIDE_TILES,
     Tile,
@@ -131,7 +130,7 @@ def every(arch: int) -> Iterator[Configuration]:
                 yield Configuration("portable", kind, half, portable, least, offsets=codes)
         yield Configuration("portable_weight", kind, "fp16", group=least, offsets=codes)
     if arch == 90:
-        for wide, half in product({FEW_TILE, LARGE_TILE, *WIDE_TILES.values()}, HALVES):
+        for wide, half in product({LARGE_TILE, *WIDE_TILES.values()}, HALVES):
             yield Configuration("wide", "int4", half, wide)
             yield Configuration("wide", "int4", half, wide, 64, offsets=True)
 

@@ -261,7 +261,7 @@ def ways(
     if rows > 32:
         found["decoded"] = partial(multiply.decoded, dependent=hopper)
     if hopper and 32 < rows <= 1024 and w.positions is None and w.group >= 64:
-        for wide in {multiply.FEW_TILE, multiply.LARGE_TILE, *multiply.WIDE_TILES.values()}:
+        for wide in {multiply.LARGE_TILE, *multiply.WIDE_TILES.values()}:
             found[f"wide {tuple(wide)}"] = partial(multiply.launch_wide, wide, dependent=True)
     return found
 

@@ -60,7 +60,6 @@ class WideTile(NamedTuple):
     stages: int
 
 
-FEW_TILE = WideTile(64, 64, 4, 5)
 WIDE_TILES = {  # by rows of x, the largest that is not above
     33: WideTile(64, 64, 4, 5),
     65: WideTile(128, 64, 4, 4),
@@ -77,7 +76,7 @@ def wide_for(rows: int, w: Fragments, processors: int) -> WideTile | None:
     if w.positions is not None or w.group < 64 or not 33 <= rows <= 512:
         return None
     if busy < 3:  # the other kernel shares columns among warps, and cuBLAS among programs
-        return FEW_TILE if 64 < rows <= 128 and steps < 64 else None
+        return WIDE_TILES[33] if 64 < rows <= 128 and steps < 64 else None
     if 64 < rows <= 128 and busy >= 10:
         return LARGE_TILE
     return next(tile for least, tile in reversed(WIDE_TILES.items()) if rows >= least)
