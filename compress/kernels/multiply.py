@@ -234,6 +234,7 @@ def register_options(tile: Tile, w: Fragments) -> dict[str, Any]:
     """What ptxas is told about registers: for more warps on a multiprocessor it spills one or two.
 
     A maximum that is enough keeps it from that, and from saving registers; the level does where it takes few anyway.
+    Which of these does for which tile was tried with `compress.kernels.aot --all`, Triton 3.6 and 3.9.
     """
     size = tile.eights * tile.tiles
     if size == 1:
@@ -249,7 +250,10 @@ def register_options(tile: Tile, w: Fragments) -> dict[str, Any]:
 
 
 def launch_wide(tile: WideTile, x: Tensor, w: Fragments, out_features: int, *, dependent: bool = False) -> Tensor:
-    """The product x Wᵀ by `wide_kernel`, cut in this way."""
+    """The product x Wᵀ by `wide_kernel`, cut in this way; what orders x may be `dependent`, it is not.
+
+    Programs that start one by one as others end fill some multiprocessors before others (decision 015).
+    """
     rows, ordered = x.shape[0], order(x, w, dependent=dependent)
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     words, _, scale, offset = pointers(w)
