@@ -281,7 +281,7 @@ class Barrier:
                 parent, _, leaf = linear.name.rpartition(".")
                 setattr(module.get_submodule(parent), leaf, fixed)
         assert self.run.tokens is not None
-        store = TrainingStore(self.run, self.number)
+        store = TrainingStore(self.run, self.number, self.index)
         return WholeModel(lock, module, states, self.run.tokens, self.mode.device, store, self.run.world)
 
     def _commit_outside(self, outside: dict[str, Tensor], changed: dict[str, Tensor]) -> None:

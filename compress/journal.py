@@ -66,10 +66,16 @@ class Workspace:
             sync(place.parent)
 
     def _acquire(self) -> int:
-        """Lock ``lock``; a file that vanished meanwhile (the other run ended) is created anew."""
+        """Lock ``lock``; what vanished meanwhile, since the other run ended, is created anew."""
         path = self.directory / "lock"
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:
+                if path.is_symlink():
+                    raise
+                self._make_directory()
+                continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 class BlockForward:
     """Runs a copy of a block that learns, and the dense block, on the inputs of chosen samples."""
 
-    def __init__(self, sweep: Sweep, index: int, module: nn.Module, flow: Activations) -> None:
-        """`module`: the block as it is now, with weights; `flow`: its inputs."""
+    def __init__(self, sweep: Sweep, index: int, number: int, module: nn.Module, flow: Activations) -> None:
+        """`number`: of the pass; `module`: the block as it is now, with weights; `flow`: its inputs."""
         self.sweep, self.index, self.flow = sweep, index, flow
         assert sweep.run.tokens is not None
         self.samples = len(sweep.run.tokens.ids)
         self._own = sweep.run.part[1]
-        self.store = TrainingStore(sweep.run, sweep.number, index)
+        self.store = TrainingStore(sweep.run, sweep.number, number, index)
         self.learning = _apart(module)
         with sweep.skeleton.dense_block(index) as dense:
             self._dense = _apart(dense)

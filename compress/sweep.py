@@ -26,6 +26,7 @@ from compress.redo import mend
 from compress.report import BlockLine, LedgerLine
 from compress.spread import spread_of
 from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
+from compress.training_store import TrainingStore
 from compress.walk import Walk
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ class Sweep:
                 name: value.detach().float().clone() for name, value in module.named_parameters() if name not in weights
             },
             followers={name: _quantizer(linear, number) for name, linear in linears.items()},
-            forward=BlockForward(self, index, module, flow) if one.learns() and flow else None,
+            forward=BlockForward(self, index, number, module, flow) if one.learns() and flow else None,
             spread=self.spread[index] if self.spread else None,
         )
         untouched, masks = dict(block.parameters), {name: state.mask for name, state in states.items()}
@@ -255,8 +256,6 @@ class Sweep:
         artifact |= {prefix + key: value.cpu() for key, value in block.found.items()}
         self._exchange(index, module, artifact, {} if self.run.world.rank else artifact)
         statistics.changed(block)
-        if block.forward is not None:
-            block.forward.store.forget()
         return [] if one.scores() and self.spread is None else lines  # of a look that changes nothing
 
     def _compress(self, linear: Linear, state: LinearState, moments: Moments) -> list[LedgerLine]:
@@ -375,7 +374,11 @@ class Sweep:
             }
 
         files = (directory / shard.file, *([flow.path] if flow else []))
-        self.work.append_later(entry, files=files, obsolete=tuple(self.flows.files(index)))
+        stores = [
+            TrainingStore(self.run, self.number, number, index) for number, _ in self.lock.block_passes(self.number)
+        ]
+        obsolete = (*self.flows.files(index), *(path for store in stores for path in store.files()))
+        self.work.append_later(entry, files=files, obsolete=obsolete)
 
     def as_parameters(self, index: int, kept: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the journal keeps of a block, as values for its parameters."""

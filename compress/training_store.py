@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 class TrainingStore:
     """A training's state in the work directory; the journal vouches for it."""
 
-    def __init__(self, run: Execution, sweep: int, block: int | None = None) -> None:
-        """`block`: of a pass that trains block by block."""
-        self.run, self.sweep, self.block = run, sweep, block
+    def __init__(self, run: Execution, sweep: int, number: int, block: int | None = None) -> None:
+        """`number`: of the pass in the plan; `block`: of a pass that trains block by block."""
+        self.run = run
+        self.training = {"sweep": sweep, "pass": number, "block": block}
 
     def _entries(self) -> list[dict[str, Any]]:
-        return self.run.work.entries("training", sweep=self.sweep, block=self.block)
+        return self.run.work.entries("training", **self.training)
 
-    def _file(self, number: int) -> Path:
-        return self.run.work.directory / f"training-{self.sweep}-{self.block}-{number % 2}.safetensors"
+    def files(self) -> list[Path]:
+        """The two, whether they are there or not."""
+        name = "-".join(str(part) for part in self.training.values())
+        return [self.run.work.directory / f"training-{name}-{turn}.safetensors" for turn in (0, 1)]
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, float]] | None:
         """The last state whose file is whole."""
@@ -40,11 +43,11 @@ class TrainingStore:
         """Write the state; the one before stays until the next. Only the first process does."""
         if self.run.world.rank:
             return
-        path = self._file(len(self._entries()))
+        path = self.files()[len(self._entries()) % 2]
         (shard,) = lay_out(slots_of({name: t.cpu() for name, t in tensors.items()}), 1 << 62)
         checksum = write_shard(Shard(path.name, shard.slots), path.parent, {n: t.cpu() for n, t in tensors.items()})
-        entry = {"kind": "training", "sweep": self.sweep, "block": self.block, "file": path.name, "sha256": checksum}
-        self.run.work.append(entry | {"numbers": dict(numbers)}, files=(path,))
+        entry = {"kind": "training", **self.training, "file": path.name, "sha256": checksum, "numbers": dict(numbers)}
+        self.run.work.append(entry, files=(path,))
 
     def report(self, step: int, steps: int, loss: float, held_out: float | None) -> None:
         """One line."""
@@ -55,5 +58,5 @@ class TrainingStore:
         """The result is in the journal: the files are not needed any more."""
         if self.run.world.rank:
             return
-        for number in (0, 1):
-            self._file(number).unlink(missing_ok=True)
+        for path in self.files():
+            path.unlink(missing_ok=True)

@@ -64,3 +64,22 @@ def test_the_work_directory_itself_is_synced(tmp_path: Path, monkeypatch: pytest
     workspace.close()
     Workspace(tmp_path / "a" / "b" / "out").close()
     assert len(synced) == 4
+
+
+def test_a_run_that_ends_while_the_next_one_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its work directory goes away between the next one's steps, which begin anew."""
+    original, made = Workspace._make_directory, 0
+
+    def make(self: Workspace) -> None:
+        nonlocal made
+        original(self)
+        made += 1
+        if made == 1:
+            self.directory.rmdir()
+
+    monkeypatch.setattr(Workspace, "_make_directory", make)
+    workspace = Workspace(tmp_path / "out")
+    workspace.append({"kind": "begin"})
+    workspace.close()
+    assert made == 2
+    assert reopened(tmp_path) == ["begin"]

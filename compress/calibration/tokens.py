@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from compress.calibration.sources import SEPARATOR, Document, Documents, TextFile, paragraphs
 from compress.calibration.tokenizer import call, render
@@ -72,8 +72,9 @@ class TokenSet:
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         tensors = {"ids": self.ids.cpu().contiguous(), "mask": self.mask.cpu().contiguous()}
-        save_file(tensors, partial, metadata={"digest": self.digest})
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:  # save_file has its own error for a full disk
+            file.write(save(tensors, metadata={"digest": self.digest}))
+            file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import random
@@ -322,6 +323,16 @@ def test_digest_depends_on_ids_mask_and_shape() -> None:
 def test_other_shapes_and_types_are_refused(ids: torch.Tensor, mask: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="must be"):
         TokenSet(ids, mask)
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    """Which the run says in words; safetensors' own would end it with a traceback."""
+    (tmp_path / "tokens.safetensors.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as found:
+        TokenSet(torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)).save(
+            tmp_path / "tokens.safetensors"
+        )
+    assert found.value.errno == errno.ENOSPC
 
 
 def test_saved_tokens_are_read_back(tmp_path: Path) -> None:

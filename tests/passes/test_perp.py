@@ -14,13 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import compress
-from compress import barrier, end_to_end, pipeline
+from compress import barrier, end_to_end, pipeline, training
 from compress.calibration.tokens import TokenSet
 from compress.compiling import compile_plan
 from compress.journal import Workspace
 from compress.passes import GPTQ, PERP, EoRA, SparseGPT, Wanda, Where, perp
 from compress.plan import load_plan
 from compress.rules import RULES
+from compress.sweep import Sweep
 from tests.conftest import tiny_directory
 from tests.test_cli import PLAN, command, refused
 
@@ -611,14 +612,48 @@ def test_only_one_block_is_in_memory(sources: Callable[..., Path], tmp_path: Pat
         skeleton = store.run.skeleton
         for number, block in enumerate(skeleton.blocks):
             real = {p.device.type for p in block.parameters()}
-            assert real == ({"cpu"} if number == store.block else {"meta"})
+            assert real == ({"cpu"} if number == store.training["block"] else {"meta"})
         for name in (skeleton.embedding, skeleton.head):
             assert skeleton.model.get_parameter(name).is_meta
-        seen.append(store.block)
+        seen.append(store.training["block"])
 
     watch.during = during
     compress.run(plan_of(sources("llama"), tmp_path / "out", Wanda(sparsity=0.5), PERP(mode="reconstruct", **SHORT)))
     assert seen == [0, 1]
+
+
+def test_a_trained_block_is_kept_until_the_journal_has_it(
+    sources: Callable[..., Path], tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stops the run between the last step and the block's line costs no step; then the states go."""
+    plan = plan_of(sources("llama"), tmp_path / "out", Wanda(sparsity=0.5), PERP(mode="reconstruct", **SHORT))
+    work = tmp_path / ".out.compress"
+    steps, original = [], training._step
+
+    def step(*arguments: Any) -> float:
+        steps.append(1)
+        return original(*arguments)
+
+    def stop(self: Sweep, *arguments: Any) -> None:
+        if self.lock.block_passes(self.number):
+            raise KeyboardInterrupt
+        commit(self, *arguments)
+
+    monkeypatch.setattr(training, "_step", step)
+    commit = Sweep._commit
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "_commit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress.run(plan)
+    assert len(steps) == SHORT["steps"]
+    assert list(work.glob("training-1-1-0-*"))
+    left = []
+    watch.during = lambda store: left.append([path.name for path in work.glob("training-*")])
+    compress.run(plan)
+    assert len(steps) == 2 * SHORT["steps"]  # of the second block
+    assert left[0]
+    assert all(name.startswith("training-1-1-0-") for name in left[0])
+    assert not left[1]
 
 
 @pytest.mark.parametrize("refresh", ["block", "subset"])
