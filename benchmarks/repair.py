@@ -203,7 +203,7 @@ def texts(assets: Path, model: str, folder: Path) -> tuple[Path, Path]:
     return first, second
 
 
-def measure(model: str, passes: tuple[Pass, ...], assets: Path, folder: Path) -> Report:
+def measure(model: str, passes: tuple[Pass, ...], assets: Path, folder: Path, windows: int = 64) -> Report:
     """Run one plan."""
     calibration, held_out = texts(assets, model, folder)
     codes = any(one.grid() for one in passes) and not any(isinstance(one, LQLoRA) for one in passes)
@@ -213,7 +213,7 @@ def measure(model: str, passes: tuple[Pass, ...], assets: Path, folder: Path) ->
         run=compress.Run(output=str(folder / "out"), device="cpu", threads=1),
         passes=passes,
         exports=(compress.Export(format="compressed-tensors" if codes else "huggingface"),),
-        evaluate=compress.Evaluate(perplexity=(str(held_out),), window=256, windows=64, special_tokens=False),
+        evaluate=compress.Evaluate(perplexity=(str(held_out),), window=256, windows=windows, special_tokens=False),
     )
     return compress.run(plan, restart=True, overwrite=True)
 

@@ -1,11 +1,12 @@
 """Structured pruning: what it costs in perplexity, and what it gains in speed with stock transformers.
 
-    python benchmarks/structured.py quality [--assets DIR] [--model M] [--only TEXT …] [--steps N] [--rate R] [--seed S]
+    python benchmarks/structured.py quality [--assets DIR] [--model M] [--only TEXT …] [--windows N] [--seed S]
     python benchmarks/structured.py speed [--threads 1] [--json benchmarks/results/structured-speed.json]
 
-quality: calibration, training and scoring as in repair.py. Each score in one shot, then with the same training (LoRA of
-rank 16, merged, on all linears) behind it; LoRAPrune prunes while it trains and has no step more. "Heterogeneous": as
-many channels and heads in all, spread over the blocks by the run.
+quality: calibration and training as in repair.py, perplexity of twice as many windows. Each score in one shot, then
+with the same training (LoRA of rank 16, merged, on all linears) behind it; LoRAPrune prunes while it trains and has no
+step more. Learning rates were chosen on other text (see the lab log). "Heterogeneous": as many channels and heads in
+all, spread over the blocks by the run.
 
 speed: a Llama with random bfloat16 weights, cut by 25 % and 50 % of the parameters of its blocks. Greedy generation of
 one sequence through `AutoModelForCausalLM`, dense and cut in turn, each in a process of its own; the best round counts.
@@ -35,6 +36,9 @@ HERE = Path(__file__).resolve().parent
 MULTIPLES = {"reference": 32, "stories260K": 4, "babyllama-tok105": 16}
 # The number of heads must divide the hidden size of a Llama, a power of two here: half of them, or none.
 REMOVED: dict[str, dict[str, Any]] = {"20 %": {"channels": 0.2}, "50 %": {"channels": 0.5, "heads": 0.5}}
+STEPS = {"reference": 60, "stories260K": 150, "babyllama-tok105": 150}
+RATE = 3e-3  # of factors that begin at zero
+RATES = {("reference", "20 %"): 5e-4, ("reference", "50 %"): 3e-3}  # of LoRAPrune's, where it is another one
 SCORES = ("random", "magnitude", "wanda", "flap", "obs")
 SPEED_PLAN = """\
 [model]
@@ -52,11 +56,11 @@ score = "magnitude"
 """
 
 
-def rows(model: str, steps: int, rate: float, seed: int = 0) -> dict[str, tuple[Pass, ...]]:
-    """The plans, by name."""
-    training: dict[str, Any] = {"rank": 16, "steps": steps, "learning_rate": rate, "distill": 0.5}
+def rows(model: str, steps: int | None = None, rate: float | None = None, seed: int = 0) -> dict[str, tuple[Pass, ...]]:
+    """The plans, by name; `rate` of all trainings alike."""
+    training: dict[str, Any] = {"rank": 16, "steps": steps or STEPS[model], "distill": 0.5}
     training |= {"patience": 99, "seed": seed}
-    recover = PERP(train=("low_rank",), variant="lora-prune", **training)
+    recover = PERP(train=("low_rank",), variant="lora-prune", learning_rate=rate or RATE, **training)
     found: dict[str, tuple[Pass, ...]] = {}
     for name, removed in REMOVED.items():
         removed = removed | {"multiple": MULTIPLES[model]}
@@ -71,8 +75,10 @@ def rows(model: str, steps: int, rate: float, seed: int = 0) -> dict[str, tuple[
         for score, one in shots.items():
             if not one.heterogeneous:  # rank 16 would not fit the smallest block that there may be
                 found[f"{name} {score}, trained"] = (one, recover)
-        for kind, some in (("loraprune", removed), ("loraprune, heterogeneous", spread)):
-            found[f"{name} {kind}"] = (LoRAPrune(prune_every=5, **some, **training),)
+        own = training | {"prune_every": 5, "learning_rate": rate or RATES.get((model, name), RATE)}
+        found[f"{name} loraprune"] = (LoRAPrune(**removed, **own),)
+        found[f"{name} loraprune, not refitted"] = (LoRAPrune(update=False, **removed, **own),)
+        found[f"{name} loraprune, heterogeneous"] = (LoRAPrune(**spread, **own),)
     return found
 
 
@@ -86,7 +92,7 @@ def quality(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="compress-structured-") as folder:
         for name in chosen:
             began = time.monotonic()
-            report = measure(arguments.model, known[name], arguments.assets, Path(folder))
+            report = measure(arguments.model, known[name], arguments.assets, Path(folder), arguments.windows)
             (line,) = report.evaluation
             assert line.dense
             assert line.divergence
@@ -190,8 +196,9 @@ def main() -> None:
     one.add_argument("--assets", type=Path, default=Path(default_assets))
     one.add_argument("--model", choices=sorted(SETUPS), default="reference")
     one.add_argument("--only", action="append", default=[], help="a row, or those whose names hold this; repeatable")
-    one.add_argument("--steps", type=int, default=150)
-    one.add_argument("--rate", type=float, default=3e-3, help="the learning rate of all trainings")
+    one.add_argument("--windows", type=int, default=128, help="of 256 tokens, that are scored")
+    one.add_argument("--steps", type=int, help="of all trainings, instead of the model's own number")
+    one.add_argument("--rate", type=float, help="the learning rate of all trainings")
     one.add_argument("--seed", type=int, default=0, help="of all trainings")
     other = kinds.add_parser("speed")
     other.add_argument("--threads", type=int, default=1)

@@ -25,6 +25,7 @@ from compress.walk import batch_rows
 
 if TYPE_CHECKING:
     from compress.lock import Linear, Lock
+    from compress.passes.base import Pass
 
 LATER_IMPORTS = 80 << 20  # tokenizer, report and data libraries that are imported after the estimate is made
 HARNESS_IMPORTS = 180 << 20  # lm-eval, scipy.stats and what they import
@@ -187,8 +188,20 @@ def _training(lock: Lock, parameters: int) -> int:
             kept = lock.blocks * width + inside if again else lock.blocks * inside
             logits = 5 if models == 1 else 12  # of the loss and its gradient; with distillation log p and log q, too
             left = 4 * tokens * (kept + logits * vocabulary)
-            most = max(most, 4 * (parameters + teacher) + states + left)
+            gathered, solving = _refitting(lock, one)
+            most = max(most, 4 * (parameters + teacher) + states + max(left, solving) + gathered)
     return most
+
+
+def _refitting(lock: Lock, one: Pass) -> tuple[int, int]:
+    """Bytes of the second moments that a training keeps until it has masked all, and of the largest least squares."""
+    if not (isinstance(one, LoRAPrune) and one.update):
+        return 0, 0
+    names = one.readers(lock.architecture)
+    readers = [n for n in lock.linears if n.name.removeprefix(lock.skeleton.prefix(n.block)) in names]
+    most = max(readers, key=lambda n: n.in_features)
+    # H whole, damped and of the columns that stay, with its factor; the weight as it was, as it is and what it loses.
+    return 8 * sum(gram_entries(n.in_features) for n in readers), 36 * most.in_features**2 + 32 * most.weights
 
 
 def _parameters(lock: Lock) -> int:
@@ -279,7 +292,8 @@ def disk_bytes(lock: Lock) -> int:
     blocks = sum(lock.checkpoint.tensors[n.stored].bytes + n.weights // 8 for n in lock.linears if n.passes)
     calibration = lock.plan.calibration
     flow = 8 * calibration.samples * calibration.length * lock.skeleton.width if calibration and lock.calibrated else 0
-    return lock.output_bytes + blocks * len(lock.sweeps) + flow + earlier
+    trained = max((2 * _refitting(lock, lock.plan.passes[index])[0] for index in lock.stage), default=0)
+    return lock.output_bytes + blocks * len(lock.sweeps) + flow + trained + earlier
 
 
 def check_disk(lock: Lock) -> None:

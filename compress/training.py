@@ -102,6 +102,9 @@ class Store(Protocol):
 class Watcher(Protocol):
     """Takes part in a training: it sees the gradients of each step, and may change what is trained."""
 
+    def expect(self, chosen: Tensor) -> None:
+        """Before a forward that is trained on: of these samples, by their indices."""
+
     def observe(self, step: int) -> None:
         """After the backward of a step (from 0), before its gradients are clipped."""
 
@@ -204,6 +207,8 @@ def _step(
     total = 0.0
     for part in range(settings.accumulation):
         indices, weight = share.part(settings.batch(chosen, step * settings.accumulation + part))
+        if watcher:
+            watcher.expect(indices)
         with torch.enable_grad(), _precision(settings, next(iter(parameters.values())).device):
             value = loss(indices) * (weight / settings.accumulation)
         mean = share.mean(float(value.detach()))

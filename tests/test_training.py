@@ -257,6 +257,9 @@ class Harder:
     def __init__(self, at: int) -> None:
         self.at, self.steps = at, 0
 
+    def expect(self, chosen: Tensor) -> None:
+        assert len(chosen)
+
     def observe(self, step: int) -> None:
         self.steps = step + 1
 

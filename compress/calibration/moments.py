@@ -7,6 +7,7 @@ result independent of the order of batches up to rounding, and two `Moments` mer
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -111,15 +112,36 @@ class Moments:
 
     def reduce(self, world: World) -> None:
         """Add up the sums over the processes of a run, each of which saw its own batches; no batch comes after."""
+        self._sum(world)
+        self._panels = self._panels and [panel.float() for panel in self._panels]
+
+    def reduced(self, world: World) -> Moments:
+        """The sums over the processes of a run, in float64; itself where there is one."""
+        if world.size == 1:
+            return self
+        other = copy.deepcopy(self)
+        other._sum(world)
+        return other
+
+    def _sum(self, world: World) -> None:
         counted = torch.tensor(self.tokens, dtype=torch.int64, device=self.device)
         world.sum(counted)
         self.tokens = int(counted)
         self._factors.clear()
-        world.sum(self._squares)
-        world.sum(self._sums)
-        for index, panel in enumerate(self._panels or ()):
-            world.sum(panel)
-            self._panels[index] = panel.float()  # type: ignore[index]
+        for tensor in (self._squares, self._sums, *(self._panels or ())):
+            world.sum(tensor)
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums, by name."""
+        panels = {f"panel.{index}": panel for index, panel in enumerate(self._panels or ())}
+        return {"tokens": torch.tensor(self.tokens), "squares": self._squares, "sums": self._sums} | panels
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse."""
+        self.tokens = int(state["tokens"])
+        self._squares, self._sums = state["squares"].to(self.device), state["sums"].to(self.device)
+        self._panels = self._panels and [state[f"panel.{i}"].to(self.device) for i in range(len(self._panels))]
+        self._factors.clear()
 
     def rescaled(self, scale: Tensor) -> Moments:
         """The moments of ``x ⊙ scale``, scale (in,)."""

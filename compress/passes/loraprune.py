@@ -8,8 +8,10 @@ While B A learns beside a frozen W, with ``y = W x + s B A x``, one step of the 
 entry is ``(Ĝ ⊙ (W + s B A))²`` (equation 6), that of a unit the sum over its rows and columns in all linears that it
 goes through, and a moving average over the steps, ``Ī ← λ Ī + (1 − λ) I`` (equation 10), ranks the units of a block.
 They are masked little by little, by a cubic schedule that ends at the target; in the end they are removed, and B A is
-merged. Where blocks may differ (``heterogeneous = true``), the units of all blocks are ranked together, by their shares
-of what the units of their block that are left have (`compress.spread`).
+merged. Whenever units are masked, what reads them is refitted by least squares to the inputs that the training has had
+so far, as `width` does it (``update = true``; the paper does not). Where blocks may differ (``heterogeneous = true``),
+the units of all blocks are ranked together, by their shares of what the units of their block that are left have
+(`compress.spread`).
 
 Gradients are read as the backward leaves them, unclipped. A unit that was masked stays so: its gradient is zero.
 """
@@ -22,10 +24,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from compress.distributed import whole
+from compress.calibration.moments import Moments, Statistics
+from compress.distributed import like, whole
 from compress.end_to_end import Loss, train_whole
 from compress.passes.base import ModelPass, Note, SettingError
 from compress.passes.structured import Narrowing
+from compress.passes.width import refitted
 from compress.spread import shares, spread
 from compress.training import Training
 
@@ -51,6 +55,10 @@ class LoRAPrune(Training, Narrowing, ModelPass):
     prune_every: int = Field(default=10, ge=1, description="steps between changes of the masks")
     start: float = Field(default=0.1, ge=0, lt=1, description="fraction of the steps before the first unit is masked")
     end: float = Field(default=0.3, gt=0, le=1, description="fraction of the steps after which all of them are")
+    update: bool = Field(
+        default=True, description="refit what reads the units by least squares whenever some are masked"
+    )
+    damping: float = Field(default=0.01, gt=0, description="λ over the mean diagonal of H, for update")
     normalize: bool = Field(default=True, description="weigh the linears of a unit alike in its importance")
     distill: float = Field(default=0.0, ge=0, le=1, description="share of the loss that compares with the dense model")
     temperature: float = Field(default=1.0, gt=0, description="of that comparison")
@@ -108,12 +116,14 @@ class LoRAPrune(Training, Narrowing, ModelPass):
         for width in lock.architecture.widths:
             if after.total(width.name) == sizes.total(width.name):
                 continue
-            rivals = [Group(model, modules, block, width, sizes.at(width.name, block)) for block in range(lock.blocks)]
+            rivals = [
+                Group(self, model, modules, block, width, sizes.at(width.name, block)) for block in range(lock.blocks)
+            ]
             if width.name in after.different:
                 contests.append(Contest(rivals, after.total(width.name), self.step(width.name)))
             else:
                 contests += [Contest([group], after.at(width.name, group.block), 1) for group in rivals]
-        masking = Masking(self, contests)
+        masking = Masking(self, contests, model.tokens.mask)
         trained, numbers = train_whole(
             model, modules, {}, self, Loss(self.distill, self.temperature), model.tokens, masking
         )
@@ -149,9 +159,16 @@ class Group:
     """The units of one width of one block: which are alive, and how important they have been."""
 
     def __init__(
-        self, model: WholeModel, modules: dict[str, AdaptedLinear], block: int, width: Width, units: int
+        self,
+        settings: LoRAPrune,
+        model: WholeModel,
+        modules: dict[str, AdaptedLinear],
+        block: int,
+        width: Width,
+        units: int,
     ) -> None:
         """`units`: how many there are."""
+        self.settings, self.world = settings, model.world
         prefix, config = model.lock.skeleton.prefix(block), model.lock.config
         self.block, self.width = block, width
         self.name, self.reader = f"{prefix}{width.name}", prefix + width.columns[0]
@@ -166,19 +183,29 @@ class Group:
         self.average = torch.zeros(units)
         self.columns = columns
         self.mask = torch.ones(reader.weight.shape[1], device=device)
+        self.moments = Moments(len(self.mask), Statistics.GRAM, device) if settings.update else None
+        self.real: Tensor | None = None  # (rows, length), where the inputs that come next are to be seen
         reader.register_forward_pre_hook(self._mask)
 
     def _mask(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A unit is gone when nobody reads it."""
+        if self.moments and self.real is not None:
+            self.moments.add(inputs[0].detach()[self.real.to(inputs[0].device)])
+            self.real = None  # where blocks run again in the backward, they are not seen twice
         return (inputs[0] * self.mask.to(inputs[0].device, inputs[0].dtype), *inputs[1:])
 
-    def importance(self, *, normalize: bool) -> Tensor:
+    def see_importance(self) -> None:
+        """Average it over one more step, whose gradients are there."""
+        found = self.importance()
+        self.average = self.settings.average * self.average + (1 - self.settings.average) * found
+
+    def importance(self) -> Tensor:
         """(units,) of the step whose gradients are there."""
         total = torch.zeros(len(self.alive))
         for module, dim, units in self.parts:
             entries = importance_of(module).sum(1 - dim).cpu()  # per row, or per column
             found = entries[units].sum(1)
-            total += found / found.norm().clamp_min(1e-30) if normalize else found
+            total += found / found.norm().clamp_min(1e-30) if self.settings.normalize else found
         return total
 
     def comparable(self) -> Tensor:
@@ -193,13 +220,52 @@ class Group:
         if more > 0:
             order = torch.where(self.alive, self.average, torch.inf).argsort(stable=True)
             self.alive[order[:more]] = False
+            if self.moments:
+                self._refit(self.moments)
             self.show()
+
+    def _refit(self, moments: Moments) -> None:
+        """Have the reader make of the units that stay what it made of those before; `mask` still shows these."""
+        reader = self.parts[0][0]
+        W = effective(reader) * self.mask
+        moments = moments.reduced(self.world)
+        kept = self.columns[self.alive].flatten()
+        change = refitted(W, moments, kept, self.settings.damping) - W
+        reader.weight.add_(like(change, reader.weight))
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been found so far."""
+        found = {"average": self.average, "alive": self.alive}
+        if self.settings.update:
+            found["weight"] = whole(self.parts[0][0].weight.detach())
+        return found | (self.moments.reduced(self.world).state() if self.moments else {})
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse."""
+        self.average, self.alive = state["average"].clone(), state["alive"].clone()
+        self.show()
+        if self.settings.update:
+            weight = self.parts[0][0].weight
+            weight.copy_(like(state["weight"], weight))
+        if "tokens" not in state:
+            self.forget()
+        elif self.moments and not self.world.rank:
+            self.moments.restore(state)
+
+    def forget(self) -> None:
+        """Nothing will be masked any more."""
+        self.moments = None
 
     def show(self) -> None:
         """Have the mask show what is alive."""
         dead = self.columns[~self.alive].flatten()
         self.mask.fill_(1.0)
         self.mask[dead.to(self.mask.device)] = 0.0
+
+
+def effective(module: AdaptedLinear) -> Tensor:
+    """W + s B A (out, in)."""
+    return whole(module.weight.detach()) + module.factor * (whole(module.B.detach()) @ whole(module.A.detach()))
 
 
 def importance_of(module: AdaptedLinear) -> Tensor:
@@ -209,8 +275,7 @@ def importance_of(module: AdaptedLinear) -> Tensor:
         return torch.zeros(B.shape[0], A.shape[1], device=B.device)
     dB, dA = whole(module.B.grad), whole(module.A.grad)
     direction = dB @ (A - dA) + B @ dA
-    weight = whole(module.weight.detach()) + module.factor * (B @ A)
-    return direction.mul_(weight).square_()
+    return direction.mul_(effective(module)).square_()
 
 
 class Contest:
@@ -239,38 +304,42 @@ class Contest:
 class Masking:
     """Takes part in the training: averages importance after each backward, and masks by schedule."""
 
-    def __init__(self, settings: LoRAPrune, contests: list[Contest]) -> None:
-        """`contests`: all units that may go."""
-        self.settings, self.contests = settings, contests
+    def __init__(self, settings: LoRAPrune, contests: list[Contest], real: Tensor) -> None:
+        """`contests`: all units that may go; `real`: (samples, length) where the samples have tokens."""
+        self.settings, self.contests, self.real = settings, contests, real
         self.groups = [group for contest in contests for group in contest.groups]
+
+    def expect(self, chosen: Tensor) -> None:
+        """Have their inputs seen."""
+        for group in self.groups:
+            group.real = self.real[chosen]
 
     @torch.no_grad()
     def observe(self, step: int) -> None:
         """See the gradients of a step; what is masked now counts from the next."""
-        one = self.settings
-        share = one.share_masked(step + 1)
+        share = self.settings.share_masked(step + 1)
         for contest in self.contests:
-            if share == 1.0 and contest.decided:
-                continue
-            for group in contest.groups:
-                found = group.importance(normalize=one.normalize)
-                group.average = one.average * group.average + (1 - one.average) * found
-            contest.mask(share)
+            if share < 1.0 or not contest.decided:
+                for group in contest.groups:
+                    group.see_importance()
+                contest.mask(share)
+        if share == 1.0:
+            for group in self.groups:
+                group.forget()
 
     def settled(self, steps: int) -> bool:
         """Once all are masked."""
         return self.settings.share_masked(steps) == 1.0
 
     def state(self) -> dict[str, Tensor]:
-        """Averages and what is alive."""
+        """Averages and what is alive, refitted weights, and what they are refitted by."""
         found: dict[str, Tensor] = {}
         for group in self.groups:
-            found |= {f"{group.name}:average": group.average, f"{group.name}:alive": group.alive}
+            found |= {f"{group.name}:{key}": value for key, value in group.state().items()}
         return found
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse."""
         for group in self.groups:
-            group.average = tensors[f"{group.name}:average"].clone()
-            group.alive = tensors[f"{group.name}:alive"].clone()
-            group.show()
+            mine = f"{group.name}:"
+            group.restore({key.removeprefix(mine): t for key, t in tensors.items() if key.startswith(mine)})

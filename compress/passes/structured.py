@@ -54,6 +54,11 @@ class Narrowing(Structured):
         "compress.load loads the result",
     )
 
+    def readers(self, architecture: Architecture) -> set[str]:
+        """Linears that read heads or channels of which some go, by their names in a block."""
+        removed = {"heads": self.heads, "channels": self.channels}
+        return {name for width in architecture.widths if removed[width.name] for name in width.columns}
+
     def step(self, name: str) -> int:
         """What the number of heads or channels that a block keeps is a multiple of."""
         return self.multiple if name == "channels" else 1

@@ -251,7 +251,11 @@ def definite(moments: Moments, damping: float) -> float:
         torch.linalg.cholesky_ex(H, out=(H, failed))
         if failed.item() == 0:
             return damping * step
-    raise RunError(
+    raise _indefinite(moments, damping)
+
+
+def _indefinite(moments: Moments, damping: float) -> RunError:
+    return RunError(
         f"the second moment of the input ({moments.in_features} columns, {moments.tokens} tokens) is not positive "
         f"definite, even with damping {damping * DAMPING_LADDER[-1]:g}",
         fix="raise damping, or calibrate on more tokens",
@@ -262,13 +266,22 @@ def refitted(W: Tensor, moments: Moments, columns: Tensor, damping: float) -> Te
     """W (out, in) with zeros outside `columns`, and those refitted: the V of least ``‖(W − V) X‖² + λ‖W − V‖²``.
 
     With the dropped columns D and the kept ones K, ``V_K = W_K + W_D H_DK (H_KK + λI)⁻¹``: λ keeps V close to W, not
-    to zero. It is the sum of the updates that optimal brain surgeon makes with the damped H.
+    to zero. It is the sum of the updates that optimal brain surgeon makes with the damped H. The damping is ten or a
+    hundred times as much where that makes H_KK positive definite, and less does not.
+
+    Raises:
+        RunError: none of them does.
     """
-    H = _damped(moments, damping)
     columns = columns.to(W.device)
     gone = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
     gone[columns] = False
-    factor = torch.linalg.cholesky(H[columns][:, columns])
+    for step in DAMPING_LADDER:
+        H = _damped(moments, damping * step)
+        factor, failed = torch.linalg.cholesky_ex(H[columns][:, columns])
+        if failed.item() == 0:
+            break
+    else:
+        raise _indefinite(moments, damping)
     moved = torch.cholesky_solve(H[columns][:, gone] @ W[:, gone].T.double(), factor).T
     new = torch.zeros_like(W)
     new[:, columns] = (W[:, columns].double() + moved).float()

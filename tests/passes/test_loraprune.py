@@ -156,11 +156,11 @@ def test_permuted_units_are_as_important(width: str, tmp_path: Path, monkeypatch
                     if p.grad is not None:
                         p.grad = p.grad.index_select(dim, index)
         if step == 0:
-            found["moved" if order is not None else "first"] = group.importance(normalize=False)
+            found["moved" if order is not None else "first"] = group.importance()
         original(self, step)
 
     monkeypatch.setattr(loraprune.Masking, "observe", observe)
-    one = LoRAPrune(**{width: 0.5}, **SHORT)
+    one = LoRAPrune(**{width: 0.5}, normalize=False, **SHORT)
     compress.run(plan_of(tmp_path, one, "first"))
     units = len(found["first"])
     order = torch.arange(units).roll(1)
@@ -174,8 +174,8 @@ def test_gradients_are_read_before_they_are_clipped(tmp_path: Path, monkeypatch:
     first: list[Tensor] = []
     original = loraprune.Group.importance
 
-    def importance(self: loraprune.Group, *, normalize: bool) -> Tensor:
-        found = original(self, normalize=normalize)
+    def importance(self: loraprune.Group) -> Tensor:
+        found = original(self)
         first.append(found)
         return found
 
@@ -187,6 +187,42 @@ def test_gradients_are_read_before_they_are_clipped(tmp_path: Path, monkeypatch:
         seconds.append(first[0])
     torch.testing.assert_close(seconds[0], seconds[1], rtol=0, atol=0)
     assert float(seconds[0].sum()) > 0
+
+
+def test_what_reads_the_units_is_refitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is masked is made up for by what stays, as well as any weights could: the normal equations, in float64."""
+    tiny_directory(tmp_path / "model", "llama", tied=True, gqa=True, blocks=2)
+    mask, refit = loraprune.Group._mask, loraprune.Group._refit
+    inputs: dict[str, list[Tensor]] = {}
+    checked: dict[str, int] = {}
+
+    def watch_inputs(self: loraprune.Group, module: Any, given: tuple[Tensor, ...]) -> Any:
+        if torch.is_grad_enabled():
+            inputs.setdefault(self.name, []).append(given[0].detach().flatten(0, 1).double())
+        return mask(self, module, given)
+
+    def check(self: loraprune.Group, moments: Any) -> None:
+        reader = self.parts[0][0]
+        before = (loraprune.effective(reader) * self.mask).double()
+        refit(self, moments)
+        after = loraprune.effective(reader).double()
+        X = torch.cat(inputs[self.name])  # of all forwards that were trained on, and of no other
+        assert len(X) == moments.tokens
+        H = X.T @ X
+        H.diagonal().add_(one.damping * H.diagonal().mean())
+        kept = self.columns[self.alive].flatten()
+        after[:, self.columns[~self.alive].flatten()] = 0.0  # nobody sees them
+        wrong = (before - after) @ H
+        assert wrong[:, kept].norm() < 1e-5 * (before @ H).norm()
+        assert not torch.allclose(after[:, kept], before[:, kept], atol=1e-4)
+        checked[self.name] = checked.get(self.name, 0) + 1
+
+    monkeypatch.setattr(loraprune.Group, "_mask", watch_inputs)
+    monkeypatch.setattr(loraprune.Group, "_refit", check)
+    one = LoRAPrune(channels=0.5, heads=0.5, **SHORT)
+    compress.run(plan_of(tmp_path, one))
+    assert len(checked) == 4
+    assert max(checked.values()) > 1
 
 
 class Interrupted(BaseException):

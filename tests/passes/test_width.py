@@ -125,6 +125,19 @@ def test_damping_climbs_the_ladder_and_then_fails(score: str) -> None:
         WidthPruning(score=score, update=True, channels=0.5, multiple=8, damping=lowest / 200).apply(block)
 
 
+def test_a_refit_climbs_the_ladder_by_itself() -> None:
+    """As far as the columns that stay ask for, with no look at the others before."""
+    W, X, units = layer(3, 40, tokens=60)
+    X[:, 1:] = X[:, :1] * torch.linspace(0.9, 1.1, X.shape[1] - 1) + 1e-6 * X[:, 1:]
+    moments, columns = moments_of(X), units[1:].flatten().sort().values
+    kept = moments.gram().double()[columns][:, columns]
+    lowest = -float(torch.linalg.eigvalsh(kept).min()) / float(moments.squares.mean())
+    assert lowest > 0
+    assert torch.equal(refitted(W, moments, columns, lowest / 5), refitted(W, moments, columns, 10 * (lowest / 5)))
+    with pytest.raises(RunError, match="is not positive definite, even with damping"):
+        refitted(W, moments, columns, lowest / 200)
+
+
 def test_fewer_tokens_than_columns() -> None:
     """Without damping the Gram matrix would be singular, and all errors zero."""
     W, X, units = layer(3, 40, tokens=5)
