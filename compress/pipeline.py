@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,7 @@ from compress.sweep import Sweep
 from compress.walk import batch_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -155,28 +157,30 @@ def _lead_stages(lock: Lock, world: World, progress: Progress, origin: dict[str,
         place = _made(workspace.output, number)
         _drop_damaged(workspace, number, progress)
         finished = finished_stage(stage, origin, place)
-        noted = finished and workspace.entries("made", stage=number)
         if finished is None:
             own = Workspace(place)
             try:
                 run = Execution(stage, _mode(stage, world), own, progress, known, world, origin, report)
-                finished = run.carry_out()
+                finished = run.carry_out(partial(_note_made, workspace, number))
             except PlanError:
                 own.discard_without_blocks()
                 raise
             finally:
                 own.close()
-        if not noted:
-            workspace.append({"kind": "made", "stage": number, "files": directory_checksums(place)})
         report, at = finished, stage
         world.announce(None)
     return Execution(stage, _mode(stage, world), workspace, progress, known, world, origin, report).carry_out()
 
 
+def _note_made(workspace: Workspace, number: int, directory: Path) -> None:
+    """Have the journal vouch for what a stage is about to leave."""
+    workspace.append({"kind": "made", "stage": number, "files": directory_checksums(directory)})
+
+
 def _drop_damaged(workspace: Workspace, number: int, progress: Progress) -> None:
     """Remove what a stage has left if it is not what the journal has noted: the stage starts over."""
     place, noted = _made(workspace.output, number), workspace.entries("made", stage=number)
-    if place.is_dir() and noted and directory_checksums(place) != noted[-1]["files"]:
+    if place.is_dir() and not (noted and directory_checksums(place) == noted[-1]["files"]):
         progress.say(f"  the model that stage {number + 1} left is damaged; the stage starts over")
         shutil.rmtree(place)
 
@@ -233,7 +237,8 @@ class Execution:
     def skeleton(self) -> Skeleton:
         return self.lock.skeleton
 
-    def carry_out(self) -> Report:
+    def carry_out(self, note: Callable[[Path], None] | None = None) -> Report:
+        """All sweeps, and the output; `note` is told of its directory before that is put in its place."""
         tame_allocator()
         reset_peak_memory()
         self._begin()
@@ -261,6 +266,8 @@ class Execution:
         self.progress.say(f"  {count} tensors read back, equal bit for bit")
         report = assemble(self, VerifiedInfo(tensors=count, bytes=size), tensors)
         publish_report(self, report)
+        if note:
+            note(self.work.staging)
         self.work.publish()
         tell_tracker(self, report)
         return report
