@@ -193,6 +193,20 @@ def test_several_processes_spread_what_blocks_keep_as_one_does(tmp_path: Path) -
     assert same_bytes(tmp_path / "alone", tmp_path / "several")
 
 
+@pytest.mark.slow
+def test_several_processes_mask_and_refit_as_one_does(tmp_path: Path) -> None:
+    """Second moments are of all processes' samples, without their padding, seen once though blocks run again."""
+    source(tmp_path)
+    prune = (
+        '[[pass]]\nuse = "loraprune"\nchannels = 0.5\nheads = 0.5\nmultiple = 8\nrank = 2\nsteps = 6\nprune_every = 1\n'
+    )
+    prune += "end = 0.8\nbatch_size = 4\nevaluate_every = 2\ngradient_checkpointing = true\n"
+    for output, processes in (("alone", 1), ("several", 2)):
+        status, _, err = run(tmp_path, output, processes, prune, head=HEAD)
+        assert status == 0, err
+    compare(tmp_path / "alone", tmp_path / "several")
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_train_what_one_trains(processes: int, tmp_path: Path) -> None:
     source(tmp_path)
