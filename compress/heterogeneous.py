@@ -60,7 +60,8 @@ def config_class(model_type: str) -> Any:
         """A family's own checks ask for the one number of heads that all blocks have."""
 
     made: dict[str, Any] = {"model_type": HETEROGENEOUS + model_type, "__module__": __name__}
-    made |= {"__post_init__": __post_init__}
+    # Without what differs there is no such model; older transformers would make one to compare with, for its log.
+    made |= {"__post_init__": __post_init__, "has_no_defaults_at_init": True}
     made |= {name: unasked for name in vars(base) if name.startswith("validate_")}
     kind: Any = strict(type(_named(base.__name__), (base,), made))
     model = model_class(kind, base, architecture)
