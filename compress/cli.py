@@ -194,16 +194,33 @@ def _follows() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
-def _terminated(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _carry_out(arguments: list[str] | None) -> None:
+    """Run the command. A signal ends it with KeyboardInterrupt, whatever a library has made of that on its way."""
+    stopped = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
+    heeded = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
+    previous = {one: signal.signal(one, stop) for one in heeded}
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except Exception:
+        if stopped:  # torch, asked for a shape just then, says that it could not determine it
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        for one, handler in previous.items():
+            signal.signal(one, handler)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's entry point; returns its exit code."""
     errors = Console(stderr=True)
-    previous = signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        _carry_out(arguments)
     except CycloptsError as error:
         word = next(iter(sys.argv[1:] if arguments is None else arguments), "")
         hint = "" if Path(word).suffix else nearest(word, COMMANDS)
@@ -227,6 +244,4 @@ def main(arguments: list[str] | None = None) -> int:
         problem = RunError(str(error) or type(error).__name__, fix="free the resource and run the same command again")
         errors.print(f"error: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
         return problem.exit_code
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return 0

@@ -518,6 +518,36 @@ def test_a_signal_interrupts_and_the_same_command_resumes(
         }
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_of_which_a_library_makes_an_error(
+    number: int,
+    folder: Path,
+    expected: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As torch does: "could not determine the shape of object type", if it is asked for one just then."""
+
+    def translated(*_: Any, **__: Any) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("compress.pipeline.verify", translated)
+            result = command(capsys, "plan.toml")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert result.code == 130
+    assert "interrupted; " in result.err
+    assert command(capsys, "plan.toml").code == 0
+    assert files_of(folder / "out") == expected
+
+
 @pytest.mark.parametrize("moment", ["compress.pipeline.make_tokens", "compress.pipeline.export"])
 def test_ctrl_c_at_other_moments(
     moment: str,
