@@ -9,6 +9,7 @@ they share the output's disk, from which those that follow read the journal.
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from contextlib import contextmanager
@@ -50,6 +51,16 @@ class World:
         state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
         self.device = torch.device("cpu") if device.type == "cpu" else state.device
         self._messages = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        atexit.register(self._part)
+
+    def _part(self) -> None:
+        """Join gloo's threads: a process that ends while one runs may be aborted for it (pytorch/pytorch#190489).
+
+        NCCL's groups are left as they are where another process may have died: ending them could wait for it.
+        """
+        if torch.distributed.is_initialized():
+            some = self.together and torch.distributed.get_backend() != "gloo"
+            torch.distributed.destroy_process_group(self._messages if some else None)
 
     def announce(self, barrier: int | None) -> None:
         """Call the others to a sweep or barrier, by its number; None sends them home."""

@@ -247,6 +247,23 @@ def test_several_processes_write_the_bytes_of_one(refresh: str, processes: int, 
     assert same_bytes(tmp_path / "alone", tmp_path / "several")
 
 
+def test_processes_that_end_right_after_an_exchange_end_in_peace(tmp_path: Path) -> None:
+    """A thread of gloo that still runs then aborts its process: five of six runs of eight, were it not joined."""
+    script = """\
+import torch
+from compress.distributed import World
+world = World(torch.device("cpu"))
+for number in range(20):
+    world.sum(torch.ones(4))
+    world.collect(number)
+"""
+    (tmp_path / "exchange.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", "exchange.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_more_processes_than_samples_are_refused(tmp_path: Path) -> None:
     source(tmp_path)
     status, _, err = run(tmp_path, "out", 2, WANDA, head=HEAD.replace("samples = 11", "samples = 1"))
