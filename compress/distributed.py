@@ -48,7 +48,9 @@ class World:
         self.rank = int(os.environ["RANK"])
         from accelerate import PartialState
 
-        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()  # NCCL refuses that
+        backend = "gloo" if shared or device.type == "cpu" else "nccl"
+        state = PartialState(cpu=device.type == "cpu", backend=backend, timeout=PATIENCE)
         self.device = torch.device("cpu") if device.type == "cpu" else state.device
         self._messages = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         atexit.register(self._part)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import compress
 from compress.passes import GPTQ, PERP, EoRA, LoRAPrune, Pass, SparseGPT, WidthPruning
+from tests import test_distributed as processes
 from tests.conftest import REFERENCE, ROOT
 
 if TYPE_CHECKING:
@@ -83,3 +84,29 @@ def test_packed_on_the_device(tmp_path: Path) -> None:
     scale = wanted.abs().max()
     assert float((found.float().cpu() - wanted).abs().max() / scale) < 2e-2
     assert float((decoded.float().cpu() - wanted[:, :8]).abs().max() / scale) < 2e-2
+
+
+HEAD = processes.HEAD.replace('device = "cpu"', 'device = "cuda"')
+
+
+def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
+    """Over NCCL where there are two GPUs, over gloo where they share one."""
+    processes.source(tmp_path)
+    for output, count in (("alone", 1), ("several", 2)):
+        passes = processes.SPARSEGPT + processes.GRIDS + processes.EORA
+        status, _, err = processes.run(tmp_path, output, count, passes, head=HEAD)
+        assert status == 0, err
+    assert processes.same_bytes(tmp_path / "alone", tmp_path / "several")
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """A whole model, sharded, and blocks one by one."""
+    processes.source(tmp_path)
+    for output, count in (("alone", 1), ("several", 2)):
+        passes = processes.WANDA + processes.RECONSTRUCT + processes.TRAIN
+        status, _, err = processes.run(tmp_path, output, count, passes, head=HEAD)
+        assert status == 0, err
+    files = [load_file(tmp_path / output / "model.safetensors") for output in ("alone", "several")]
+    for name, one in files[0].items():
+        gap = (one.double() - files[1][name].double()).norm()
+        assert float(gap) <= 0.01 * float(one.double().norm()), name
