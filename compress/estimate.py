@@ -20,7 +20,9 @@ from compress.errors import PlanError
 from compress.journal import work_directory
 from compress.memory import KEPT, resident_memory
 from compress.passes.loraprune import LoRAPrune
+from compress.passes.perp import PERP
 from compress.report import human_bytes
+from compress.training import Training
 from compress.walk import batch_rows
 
 if TYPE_CHECKING:
@@ -195,13 +197,18 @@ def _training(lock: Lock, parameters: int) -> int:
 
 def _refitting(lock: Lock, one: Pass) -> tuple[int, int]:
     """Bytes of the second moments that a training keeps until it has masked all, and of the largest least squares."""
-    if not (isinstance(one, LoRAPrune) and one.update):
+    readers = _refitted(lock, one)
+    if not readers:
         return 0, 0
-    names = one.readers(lock.architecture)
-    readers = [n for n in lock.linears if n.name.removeprefix(lock.skeleton.prefix(n.block)) in names]
     most = max(readers, key=lambda n: n.in_features)
     # H whole, damped and of the columns that stay, with its factor; the weight as it was, as it is and what it loses.
     return 8 * sum(gram_entries(n.in_features) for n in readers), 36 * most.in_features**2 + 32 * most.weights
+
+
+def _refitted(lock: Lock, one: Pass) -> list[Linear]:
+    """The linears that a training refits."""
+    names = one.readers(lock.architecture) if isinstance(one, LoRAPrune) and one.update else ()
+    return [n for n in lock.linears if n.name.removeprefix(lock.skeleton.prefix(n.block)) in names]
 
 
 def _parameters(lock: Lock) -> int:
@@ -292,8 +299,37 @@ def disk_bytes(lock: Lock) -> int:
     blocks = sum(lock.checkpoint.tensors[n.stored].bytes + n.weights // 8 for n in lock.linears if n.passes)
     calibration = lock.plan.calibration
     flow = 8 * calibration.samples * calibration.length * lock.skeleton.width if calibration and lock.calibrated else 0
-    trained = max((2 * _refitting(lock, lock.plan.passes[index])[0] for index in lock.stage), default=0)
+    trained = 2 * max((_training_state(lock, index) for index in lock.stage), default=0)  # the last two are kept
     return lock.output_bytes + blocks * len(lock.sweeps) + flow + trained + earlier
+
+
+def _training_state(lock: Lock, index: int) -> int:
+    """Bytes of a training's state, at most: values and the best of them, both moments of AdamW, what is refitted.
+
+    Block by block there are the states of two: one is trained, and what became of the other is written.
+    """
+    one = lock.plan.passes[index]
+    if not isinstance(one, Training):
+        return 0
+    blocks = [0] * lock.blocks
+    for linear in lock.linears:
+        if index in dict(linear.passes):
+            blocks[linear.block] += one.learned(linear)
+    if isinstance(one, PERP) and not one.barrier():
+        return 2 * 16 * (max(blocks) + _beside(lock, one))
+    refitted = _refitting(lock, one)[0] + 4 * sum(linear.weights for linear in _refitted(lock, one))
+    return 16 * (sum(blocks) + _beside(lock, one)) + refitted
+
+
+def _beside(lock: Lock, one: Pass) -> int:
+    """How many numbers beside linears a pass trains, at most."""
+    kinds = one.trained if isinstance(one, PERP) else frozenset()
+    skeleton, tensors = lock.skeleton, lock.checkpoint.tensors
+    ends = {"embeddings": skeleton.stored[skeleton.embedding], "head": skeleton.stored[skeleton.head]}  # may be one
+    trained = {stored for kind, stored in ends.items() if kind in kinds}
+    if kinds & {"norms", "biases"}:
+        trained |= set(skeleton.stored.values()) - {n.stored for n in lock.linears} - set(ends.values())
+    return sum(math.prod(tensors[stored].shape) for stored in trained)
 
 
 def check_disk(lock: Lock) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from compress.lock import Lock
+    from compress.lock import Linear, Lock
 
 
 class Training(Settings):
@@ -47,6 +47,10 @@ class Training(Settings):
     holdout: float = Field(default=0.1, ge=0, lt=1, description="fraction of the samples to watch, not to train on")
     evaluate_every: int = Field(default=25, ge=1, description="steps between looks at the held-out samples")
     patience: int = Field(default=4, ge=1, description="looks without a gain after which training stops")
+
+    def learned(self, linear: Linear) -> int:
+        """How many numbers of a linear it trains, at most."""
+        raise NotImplementedError
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""

@@ -13,7 +13,8 @@ from compress import estimate
 from compress.compiling import compile_plan
 from compress.errors import PlanError
 from compress.estimate import choose_mode, find_device, memory
-from compress.passes import Magnitude, SparseGPT, Wanda
+from compress.passes import PEQA, PERP, RTN, LoRAPrune, Magnitude, SparseGPT, Wanda
+from compress.training_store import TrainingStore
 from tests.conftest import tiny_directory
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lock_of(
-    model: Path, one: Pass | None = None, *, samples: int = 200, length: int = 32, evaluated: bool = False, **run: Any
+    model: Path, *passes: Pass, samples: int = 200, length: int = 32, evaluated: bool = False, **run: Any
 ) -> Lock:
     text = str(model.parent / "text.txt")
     return compile_plan(
@@ -38,7 +39,7 @@ def lock_of(
             model=compress.Model(path=str(model)),
             calibration=compress.Calibration(source=text, samples=samples, length=length),
             run=compress.Run(output=str(model.parent / "out"), **run),
-            passes=[one or SparseGPT(pattern="2:4")],
+            passes=passes or (SparseGPT(pattern="2:4"),),
             evaluate=compress.Evaluate(perplexity=text) if evaluated else None,
         )
     )
@@ -144,6 +145,42 @@ def test_a_full_disk_is_refused_before_the_run(model: Path, monkeypatch: pytest.
     with pytest.raises(PlanError, match="on the disk of its output"):
         compress.run(lock.plan)
     assert not (model.parent / "out").exists()
+
+
+QUICK: dict[str, Any] = {"steps": 4, "batch_size": 2, "evaluate_every": 1}
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (PERP(train=("all",), **QUICK),),
+        (PERP(train=("low_rank", "norms", "embeddings", "head"), rank=2, **QUICK),),
+        (PERP(train=("weights", "norms"), mode="reconstruct", **QUICK),),
+        (RTN(bits=4, group_size=8), PEQA(**QUICK)),
+        (LoRAPrune(channels=0.5, multiple=8, rank=2, prune_every=2, **QUICK),),
+    ],
+    ids=["all", "low_rank", "reconstruct", "peqa", "loraprune"],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_disk_holds_what_trainings_keep(
+    tmp_path: Path, passes: tuple[Pass, ...], tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two states of each; those of a block go when it is done, so they are seen alone."""
+    model = tiny_directory(tmp_path / "model", "llama", tie_word_embeddings=tied)
+    lock = lock_of(model, *passes, samples=8)
+    kept = []
+    save = TrainingStore.save
+
+    def saved(store: TrainingStore, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
+        save(store, tensors, numbers)
+        kept.append(2 * sum(tensor.nbytes for tensor in tensors.values()))
+
+    monkeypatch.setattr(TrainingStore, "save", saved)
+    compress.run(lock.plan)
+    alone = 2 if getattr(passes[-1], "mode", "") == "reconstruct" else 1
+    planned = 2 * estimate._training_state(lock, len(passes) - 1)
+    assert 0.97 < planned / (alone * max(kept)) < 1.1  # numbers of steps and means of inputs are not counted
+    assert estimate.disk_bytes(lock) > planned + lock.output_bytes
 
 
 @pytest.mark.parametrize(

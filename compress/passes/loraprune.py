@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from compress.adapting import AdaptedLinear
     from compress.architecture import Architecture, Width
     from compress.barrier import WholeModel
-    from compress.lock import Lock
+    from compress.lock import Linear, Lock
     from compress.structure import Sizes
 
 
@@ -75,6 +75,10 @@ class LoRAPrune(Training, Narrowing, ModelPass):
     def learns(self) -> bool:
         """It does."""
         return True
+
+    def learned(self, linear: Linear) -> int:
+        """Its factors."""
+        return self.rank * (linear.out_features + linear.in_features)
 
     def left(self, sizes: Sizes, architecture: Architecture, config: Any) -> Sizes:
         """Fewer heads and channels."""

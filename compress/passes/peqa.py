@@ -27,7 +27,7 @@ from compress.training import Training
 
 if TYPE_CHECKING:
     from compress.barrier import WholeModel
-    from compress.lock import Lock
+    from compress.lock import Linear, Lock
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # a file of this name is one on every system
 
@@ -60,6 +60,10 @@ class PEQA(Training, ModelPass):
     def learns(self) -> bool:
         """It does."""
         return True
+
+    def learned(self, linear: Linear) -> int:
+        """Its scales."""
+        return linear.out_features * linear.grid.groups(linear.in_features) if linear.grid else 0
 
     def text(self) -> str | None:
         """The file that `source` names."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from compress.architecture import Architecture
     from compress.barrier import WholeModel
-    from compress.lock import Lock
+    from compress.lock import Linear, Lock
 
 Trained = Literal["norms", "biases", "embeddings", "head", "low_rank", "weights", "all"]
 
@@ -101,6 +101,13 @@ class PERP(Training, BlockPass, ModelPass):
     def learns(self) -> bool:
         """It does."""
         return True
+
+    def learned(self, linear: Linear) -> int:
+        """Its weights, or the factors of a branch, whose rank may be of a pass before."""
+        if self.form == "weights":
+            return linear.weights
+        rank = max(self.rank, linear.rank) if self.form != "fixed" else 0
+        return rank * (linear.out_features + linear.in_features)
 
     def provides(self) -> frozenset[Invariant]:
         """A branch, when it adds one."""
