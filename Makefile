@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= test,dev,eval,readers,track
 
-.PHONY: demo gate test lint bench slow clean
+.PHONY: demo gate test lint lowest bench slow clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -18,6 +20,10 @@ test: $(VENV)/installed
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 -m slow
 
+# The tests with the oldest versions that pyproject.toml allows.
+lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt EXTRAS=test
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,13 +34,13 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/streaming.py
 
 # torch comes first and pinned: a looser requirement would pull a CUDA build of several gigabytes.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev,eval,readers,track]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 # GPTQModel asks for torchao and works without; transformers imports it wherever it is, and it prints errors on a CPU.
 	$(BIN)/pip uninstall --quiet --yes torchao
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build dist
+	rm -rf .venv .venv-lowest out build dist
