@@ -61,7 +61,8 @@ class AdaptedLinear(nn.Module):
         self.factor = alpha / rank
         base = state.base()
         self.bias = None if bias is None else nn.Parameter(bias.float().clone(), requires_grad=False)
-        self.weight = nn.Parameter(base, requires_grad=False)
+        own = base.clone() if form == "lora-merge" else base  # which changes it while it trains
+        self.weight = nn.Parameter(own, requires_grad=False)
         self.register_buffer("kept", state.mask, persistent=False)
         branch = state.low_rank
         more = form == "lora-merge" or (form == "lora" and (branch is None or extend))

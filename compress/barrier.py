@@ -25,7 +25,7 @@ from compress.memory import peak_memory
 from compress.passes.base import ModelPass, SettingError
 from compress.report import BlockLine, LedgerLine
 from compress.state import LinearState, kept_of
-from compress.sweep import Sweep
+from compress.sweep import NOTHING, Sweep, relative_error
 from compress.training_store import TrainingStore
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class WholeModel:
 
 
 def _building(world: World) -> torch.device:
-    """Where a model is built: in host memory, if each process is to keep a share of it only."""
+    """Where a model to be trained is built: in host memory, if each process is to keep a share of it only."""
     return world.device if world.size == 1 else torch.device("cpu")
 
 
@@ -228,6 +228,7 @@ class Barrier:
         outside = self.run.kept_outside(base)
         model = self._model(before, outside)
         mask_before = {name: state.mask for name, state in model.states.items()}
+        errors = {name: relative_error(NOTHING, state) for name, state in model.states.items()}
         began = time.perf_counter()
         try:
             notes = self.one.apply_model(model)
@@ -245,7 +246,7 @@ class Barrier:
             return  # the first process commits
         self._commit_outside(outside, changed)
         for block in range(self.lock.blocks):
-            self._commit_block(block, before[block], model, changed, mask_before, notes, seconds)
+            self._commit_block(block, before[block], model, changed, mask_before, errors, notes, seconds)
         self.work.flush()
         model.store.forget()
 
@@ -264,7 +265,8 @@ class Barrier:
 
     def _model(self, before: dict[int, dict[str, Tensor]], outside: dict[str, Tensor]) -> WholeModel:
         """The model as the sweeps before left it."""
-        lock, sweep, place = self.lock, Sweep(self.run, self.number), _building(self.run.world)
+        lock, sweep, world = self.lock, Sweep(self.run, self.number), self.run.world
+        place = _building(world) if self.one.learns() else world.device
         sweep.mode = replace(sweep.mode, device=place)
         values = {key.rpartition(":")[0]: value for key, value in outside.items()}
         for block, kept in before.items():
@@ -282,7 +284,7 @@ class Barrier:
                 setattr(module.get_submodule(parent), leaf, fixed)
         assert self.run.tokens is not None
         store = TrainingStore(self.run, self.number, self.index)
-        return WholeModel(lock, module, states, self.run.tokens, self.mode.device, store, self.run.world)
+        return WholeModel(lock, module, states, self.run.tokens, self.mode.device, store, world)
 
     def _commit_outside(self, outside: dict[str, Tensor], changed: dict[str, Tensor]) -> None:
         """Parameters that belong to no block, as files will hold them."""
@@ -301,6 +303,7 @@ class Barrier:
         model: WholeModel,
         changed: dict[str, Tensor],
         mask_before: dict[str, Tensor | None],
+        errors: dict[str, float],
         notes: dict[str, Any],
         seconds: float,
     ) -> None:
@@ -315,7 +318,8 @@ class Barrier:
             for key in kept_of(linear.name, artifact):
                 del artifact[key]
             artifact |= {key: value.cpu() for key, value in state.tensors().items()}
-            ledger.append(Sweep(self.run, self.number).line_of(linear, self.index, self.one, state, notes, share))
+            sweep, error = Sweep(self.run, self.number), errors[linear.name]
+            ledger.append(sweep.line_of(linear, self.index, self.one, state, error, notes, share))
         prefix = self.lock.skeleton.prefix(block)
         for name, value in changed.items():
             if name.startswith(prefix):

@@ -16,7 +16,7 @@ from compress.export.formats import known_formats
 from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
 from compress.lock import Linear, Lock, files_of
-from compress.passes.base import BlockPass, LinearPass, ModelPass, Pass, SettingError, matches
+from compress.passes.base import BlockPass, GridSettings, LinearPass, ModelPass, Pass, SettingError, matches
 from compress.passes.structured import Narrowing, Structured
 from compress.rules import (
     check_calibration,
@@ -193,7 +193,11 @@ def _with_block_passes(
             prefix = skeleton.prefix(block)
             inside = {lin.name.removeprefix(prefix): n for n, lin in enumerate(linears) if lin.block == block}
             targets = [name for name, n in inside.items() if index in dict(linears[n].passes)]
-            later = {name for name, n in inside.items() if any(i > index and p.grid() for i, p in linears[n].passes)}
+            later = {
+                name
+                for name, n in inside.items()
+                if any(i > index and isinstance(p, GridSettings) and p.grid() for i, p in linears[n].passes)
+            }
             try:
                 config = of_block(skeleton.config, block)
                 taken = one.takes(skeleton.architecture, config, targets, later) if targets else []

@@ -48,8 +48,9 @@ class World:
         self.rank = int(os.environ["RANK"])
         from accelerate import PartialState
 
-        shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()  # NCCL refuses that
-        backend = "gloo" if shared or device.type == "cpu" else "nccl"
+        several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()  # on a GPU: NCCL refuses
+        refused = several and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"
+        backend = "gloo" if refused or device.type == "cpu" else "nccl"
         state = PartialState(cpu=device.type == "cpu", backend=backend, timeout=PATIENCE)
         self.device = torch.device("cpu") if device.type == "cpu" else state.device
         self._messages = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -246,7 +247,7 @@ class Share:
         if self.world is None or self.size == 1:
             return value
         summed = torch.tensor(value, dtype=torch.float64, device=self.world.device)
-        torch.distributed.all_reduce(summed)
+        self.world.sum(summed)
         return float(summed) / self.size
 
 
@@ -285,9 +286,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor, the same in all processes, as shares like those of `pattern`."""
+    """A whole tensor, the same in all processes, where `pattern` is, and as shares like its own."""
     if not hasattr(pattern, "full_tensor"):
-        return tensor
+        return tensor.to(pattern.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(pattern, DTensor)

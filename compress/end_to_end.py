@@ -38,14 +38,13 @@ class Loss:
         """The mean over predicted real tokens of samples (rows, length)."""
         device = model.device
         logits, states = model.logits(ids, hidden=self.hidden > 0)
-        targets, real = (
-            ids[:, 1:].to(device),
-            mask[:, 1:].to(device),
-        )  # padding is on the right
+        targets, real = ids[:, 1:].to(device), mask[:, 1:].to(device)  # padding is on the right
+        some = bool(real.any())  # else the mean would be 0 / 0
         student = logits[:, :-1][real].float()
         total = torch.zeros((), device=device)
         if self.distill < 1:
-            total = total + (1 - self.distill) * nn.functional.cross_entropy(student, targets[real])
+            mean = nn.functional.cross_entropy(student, targets[real], reduction="mean" if some else "sum")
+            total = total + (1 - self.distill) * mean
         if teacher is None:
             return total
         with torch.no_grad():
@@ -54,7 +53,8 @@ class Loss:
             T = self.temperature
             p = (dense[:, :-1][real].float() / T).log_softmax(-1)
             q = (student / T).log_softmax(-1)
-            total = total + self.distill * T * T * nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+            mean = nn.functional.kl_div(q, p, reduction="batchmean" if some else "sum", log_target=True)
+            total = total + self.distill * T * T * mean
         if self.hidden > 0:
             inside = mask.to(device)
             pairs = zip(states, wanted, strict=True)

@@ -223,9 +223,9 @@ class Workspace:
         self._entries.clear()
 
     def forget_sweep(self, sweep: int) -> None:
-        """Drop a sweep and those after it, because a file it needs is damaged."""
+        """Drop a sweep and those after it, because a file it needs is damaged; not what it found of the dense model."""
         self.flush()
-        kept = [e for e in self._entries if e.get("sweep", -1) < sweep]
+        kept = [e for e in self._entries if e.get("sweep", -1) < sweep + (e["kind"] == "fisher")]
         fresh = self.directory / "journal.fresh"
         with fresh.open("wb") as journal:
             for entry in kept:

@@ -54,6 +54,8 @@ def peak_memory(device: torch.device) -> int:
 
 def reset_peak_memory() -> None:
     """Start `peak_memory` anew, where the system allows it (Linux)."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

@@ -301,7 +301,7 @@ class Execution:
 
     def _replace_outside(self, sweep: int) -> None:
         """Have the skeleton use what the sweeps before made of what belongs to no block."""
-        self.skeleton.replaced = {n.rpartition(":")[0]: t for n, t in self.kept_outside(sweep - 1).items()}
+        self.skeleton.replace({n.rpartition(":")[0]: t for n, t in self.kept_outside(sweep - 1).items()})
 
     def _begin(self) -> None:
         """Start or resume the journal."""

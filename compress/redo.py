@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import Shard, lay_out, read_file, slots_of, write_shard
+from compress.spread import spread_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,7 @@ class _Walk:
         """
         sweep = self.sweep
         sweep.surveyed = sweep.survey()
+        sweep.spread = spread_of(sweep.lock, sweep.number, sweep.run.kept)
         flow = sweep.flows.embedded() if self.needed else None
         for index in range(last):
             before, entry = flow, self.entries[index]

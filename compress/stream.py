@@ -162,10 +162,20 @@ class Skeleton:
         for module_name, module in self.model.named_modules():
             if not isinstance(module, _Stub):
                 self._make_buffers(module_name, module)
-        for name in self.outside:
+        self._load_small(self.outside)
+        return self
+
+    def replace(self, values: dict[str, Tensor]) -> None:
+        """Have parameters outside blocks, by full name, other values than the checkpoint's, until the next call."""
+        changed = [name for name in self.outside if name in self.replaced or name in values]
+        self.replaced = values
+        self._load_small(changed)
+
+    def _load_small(self, names: list[str]) -> None:
+        """Of parameters outside blocks, those that stay in memory."""
+        for name in names:
             if name not in (self.embedding, self.head):
                 self._load(name)
-        return self
 
     def _make_buffers(self, module_name: str, module: nn.Module) -> None:
         """Buffers that no file stores, such as rotary frequencies, computed by the model's own initialization."""

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 Surveyed = dict[int, dict[str, dict[str, Any]]]  # settings that surveys found, by pass and linear
 
 
+NOTHING = Moments(0, Statistics.NONE)  # of a pass over the whole model
+
+
 class Sweep:
     """One sweep of an execution."""
 
@@ -230,6 +233,7 @@ class Sweep:
             spread=self.spread[index] if self.spread else None,
         )
         untouched, masks = dict(block.parameters), {name: state.mask for name, state in states.items()}
+        errors = {name: relative_error(block.moments[name], state) for name, state in states.items()}
         began = time.perf_counter()
         try:
             notes = one.apply(block)
@@ -244,8 +248,8 @@ class Sweep:
         for name, linear in linears.items():
             state, moments = states[name], block.moments[name]
             check_invariants(linear, number, state, masks[name])
-            error = _error(moments, state.dense - state.effective()) / max(_error(moments, state.dense), 1e-30)
-            lines.append(self._line(linear, number, one, state, moments, error, error, notes.get(name, {}), seconds))
+            before, error = errors[name], relative_error(moments, state)
+            lines.append(self._line(linear, number, one, state, moments, before, error, notes.get(name, {}), seconds))
             self._keep(state, artifact)
             self._write_back(module, linear, state)
         for name, value in block.parameters.items():
@@ -261,8 +265,7 @@ class Sweep:
     def _compress(self, linear: Linear, state: LinearState, moments: Moments) -> list[LedgerLine]:
         """Apply the sweep's passes to one linear, check what they promise and note what they did."""
         lines: list[LedgerLine] = []
-        size = max(_error(moments, state.dense), 1e-30)
-        error = 0.0 if state.weight is state.dense else _error(moments, state.dense - state.effective()) / size
+        error = relative_error(moments, state)
         for index, one in self.lock.linear_passes(linear, self.number):
             began = time.perf_counter()
             one = one.with_settings(self.surveyed.get(index, {}).get(linear.name, {}))
@@ -273,7 +276,7 @@ class Sweep:
                 problem.where = problem.where or f"{one.use()} on {linear.name}"
                 raise
             check_invariants(linear, index, state, mask, one)
-            before, error = error, _error(moments, state.dense - state.effective()) / size
+            before, error = error, relative_error(moments, state)
             seconds = time.perf_counter() - began
             lines.append(self._line(linear, index, one, state, moments, before, error, note, seconds))
         state.settle()
@@ -313,13 +316,18 @@ class Sweep:
         )
 
     def line_of(
-        self, linear: Linear, index: int, one: Pass, state: LinearState, notes: dict[str, Note], seconds: float
+        self,
+        linear: Linear,
+        index: int,
+        one: Pass,
+        state: LinearState,
+        before: float,
+        notes: dict[str, Note],
+        seconds: float,
     ) -> LedgerLine:
-        """The ledger line of a pass that has no moments: the error is that of the weight."""
-        nothing = Moments(0, Statistics.NONE)
-        size = max(float(state.dense.square().sum()), 1e-30)
-        error = float((state.dense - state.effective()).square().sum()) / size
-        return self._line(linear, index, one, state, nothing, error, error, notes.get(linear.name, {}), seconds)
+        """The ledger line of a pass that has no moments; `before`: the error of the weight until then."""
+        error = relative_error(NOTHING, state)
+        return self._line(linear, index, one, state, NOTHING, before, error, notes.get(linear.name, {}), seconds)
 
     def _keep(self, state: LinearState, artifact: dict[str, Tensor]) -> None:
         """Put the state of a linear in the place of what the artifact had of it."""
@@ -409,6 +417,12 @@ def _surveys(lock: Lock, linear: Linear, sweep: int, index: int) -> bool:
     return any(i == index and p.surveys() for i, p in lock.linear_passes(linear, sweep))
 
 
-def _error(moments: Moments, difference: Tensor) -> float:
-    """‖Δ X‖² by the moments at hand, ‖Δ‖² without any."""
-    return moments.error(difference) if moments.tokens else float(difference.square().sum())
+def relative_error(moments: Moments, state: LinearState) -> float:
+    """‖(W − Ŵ) X‖² / ‖W X‖² by the moments at hand, ‖W − Ŵ‖² / ‖W‖² without any."""
+    if state.weight is state.dense and state.low_rank is None:
+        return 0.0
+    return _size(moments, state.dense - state.effective()) / max(_size(moments, state.dense), 1e-30)
+
+
+def _size(moments: Moments, matrix: Tensor) -> float:
+    return moments.error(matrix) if moments.tokens else float(matrix.square().sum())

@@ -211,7 +211,7 @@ def _step(
     total = 0.0
     for part in range(settings.accumulation):
         indices, weight = share.part(settings.batch(chosen, step * settings.accumulation + part))
-        if watcher:
+        if watcher and weight:
             watcher.expect(indices)
         with torch.enable_grad(), _precision(settings, next(iter(parameters.values())).device):
             value = loss(indices) * (weight / settings.accumulation)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import compress
-from compress.passes import GPTQ, PERP, EoRA, LoRAPrune, Pass, SparseGPT, WidthPruning
+from compress.passes import GPTQ, PEQA, PERP, RTN, EoRA, LoRAPrune, Pass, SparseGPT, WidthPruning
+from compress.training_store import TrainingStore
 from tests import test_distributed as processes
 from tests.conftest import REFERENCE, ROOT
 
@@ -86,27 +87,81 @@ def test_packed_on_the_device(tmp_path: Path) -> None:
     assert float((decoded.float().cpu() - wanted[:, :8]).abs().max() / scale) < 2e-2
 
 
+class Stopped(BaseException):
+    """Like a signal."""
+
+
+TRAINED: dict[str, Any] = {"steps": 6, "batch_size": 4, "evaluate_every": 2, "learning_rate": 1e-3}
+STOPPED = {
+    "perp": (SparseGPT(pattern="2:4"), PERP(rank=4, distill=0.5, **TRAINED)),
+    "block by block": (SparseGPT(pattern="2:4"), PERP(rank=4, mode="reconstruct", **TRAINED)),
+    "peqa": (RTN(bits=4, group_size=64), PEQA(**TRAINED)),
+    "loraprune": (LoRAPrune(channels=0.25, multiple=32, prune_every=2, **TRAINED),),
+}
+
+
+@pytest.mark.parametrize("passes", STOPPED.values(), ids=STOPPED)
+def test_a_stopped_training_goes_on(tmp_path: Path, passes: tuple[Pass, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read from the disk meets what is on the device; the result is that of a training in one go."""
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", "cuda", *passes)
+    save = TrainingStore.save
+
+    def stop(store: TrainingStore, *state: Any) -> None:
+        save(store, *state)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStore, "save", stop)
+        with pytest.raises(Stopped):
+            run(tmp_path, "cuda", *passes)
+    resumed = run(tmp_path, "cuda", *passes)
+    assert resumed.resumed == 1
+    assert perplexity(resumed) == pytest.approx(perplexity(whole), rel=0.01)
+
+
 HEAD = processes.HEAD.replace('device = "cpu"', 'device = "cuda"')
 
 
-def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
-    """Over NCCL where there are two GPUs, over gloo where they share one."""
-    processes.source(tmp_path)
+def several(folder: Path, passes: str) -> tuple[Path, Path]:
+    """The outputs of one process and of two: over NCCL where there are two GPUs, over gloo where they share one.
+
+    NCCL from 2.31 on has both on one GPU with NCCL_MULTI_RANK_GPU_ENABLE=1.
+    """
+    processes.source(folder)
     for output, count in (("alone", 1), ("several", 2)):
-        passes = processes.SPARSEGPT + processes.GRIDS + processes.EORA
-        status, _, err = processes.run(tmp_path, output, count, passes, head=HEAD)
+        status, _, err = processes.run(folder, output, count, passes, head=HEAD)
         assert status == 0, err
-    assert processes.same_bytes(tmp_path / "alone", tmp_path / "several")
+    return folder / "alone", folder / "several"
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+PRUNE = """\
+[[pass]]
+use = "loraprune"
+channels = 0.5
+multiple = 8
+rank = 2
+steps = 6
+prune_every = 2
+batch_size = 3
+evaluate_every = 2
+"""
+ALIKE = {
+    "sweeps": processes.SPARSEGPT + processes.GRIDS + processes.EORA,
+    "width": '[[pass]]\nuse = "width"\nchannels = 0.5\nmultiple = 8\n',
+    "depth": '[[pass]]\nuse = "depth"\nblocks = 1\n',
+}
+
+
+@pytest.mark.parametrize("passes", ALIKE.values(), ids=ALIKE)
+def test_two_processes_write_the_bytes_of_one(tmp_path: Path, passes: str) -> None:
+    assert processes.same_bytes(*several(tmp_path, passes))
+
+
+@pytest.mark.parametrize("passes", [processes.WANDA + processes.RECONSTRUCT + processes.TRAIN, PRUNE])
+def test_two_processes_train_as_one(tmp_path: Path, passes: str) -> None:
     """A whole model, sharded, and blocks one by one."""
-    processes.source(tmp_path)
-    for output, count in (("alone", 1), ("several", 2)):
-        passes = processes.WANDA + processes.RECONSTRUCT + processes.TRAIN
-        status, _, err = processes.run(tmp_path, output, count, passes, head=HEAD)
-        assert status == 0, err
-    files = [load_file(tmp_path / output / "model.safetensors") for output in ("alone", "several")]
-    for name, one in files[0].items():
-        gap = (one.double() - files[1][name].double()).norm()
-        assert float(gap) <= 0.01 * float(one.double().norm()), name
+    one, other = (load_file(output / "model.safetensors") for output in several(tmp_path, passes))
+    for name, tensor in one.items():
+        gap = (tensor.double() - other[name].double()).norm()
+        assert float(gap) <= 0.01 * float(tensor.double().norm()), name

@@ -51,7 +51,8 @@ class AWQ(BlockPass):
         usable = [one for one in usable if set(one.inputs) & quantized]
         scaled = {name for one in usable for name in one.inputs}
         if not scaled and not quantized:
-            raise SettingError("awq has no quantizer after it", "add one, such as gptq or rtn")
+            problem = "awq has no quantizer after it whose rounding it could foresee"
+            raise SettingError(problem, "add one, such as gptq or rtn, or leave awq out")
         left = [name for name in targets if name not in scaled and name in quantized]
         if left and ("match" in self.model_fields_set or not scaled):
             fits = sorted({name for one in _usable(architecture, config) for name in one.inputs})

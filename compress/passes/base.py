@@ -302,7 +302,7 @@ class BlockPass(Pass):
             architecture: the model's family.
             config: the model's configuration.
             targets: the linears that `match` and `except` leave.
-            quantized: the linears that a later pass puts on a grid.
+            quantized: the linears that a later pass rounds to a grid of given settings.
         """
         return targets
 

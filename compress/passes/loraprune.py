@@ -182,7 +182,7 @@ class Group:
         for name in width.rows:
             module = modules[prefix + name]
             self.parts.append((module, 0, width.unit_rows(name, units, module.weight.shape[0], config)))
-        device = reader.weight.device
+        device = model.device  # where the weight is built may not be where it is trained
         self.alive = torch.ones(units, dtype=torch.bool)
         self.average = torch.zeros(units)
         self.columns = columns

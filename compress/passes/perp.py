@@ -181,12 +181,11 @@ class PERP(Training, BlockPass, ModelPass):
         if whole[skeleton.head] is whole[skeleton.embedding]:
             self._refuse_parting()
         named = {skeleton.embedding: "embeddings", skeleton.head: "head"}
-        every = "all" in self.train  # positions, too
+        more = set(skeleton.outside) if "all" in self.train else set()  # positions
         return {
             name: p
             for name, p in model.module.named_parameters()  # a tied one comes once, as the embedding
-            if (named.get(name) or kind_of(model.module, name, modules)) in self.trained
-            or (every and name.rpartition(".")[0] not in modules)
+            if (named.get(name) or kind_of(model.module, name, modules)) in self.trained or name in more
         }
 
     # ------------------------------------------------------------ reconstruct
