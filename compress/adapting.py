@@ -63,7 +63,8 @@ class AdaptedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.float().clone(), requires_grad=False)
         own = base.clone() if form == "lora-merge" else base  # which changes it while it trains
         self.weight = nn.Parameter(own, requires_grad=False)
-        self.register_buffer("kept", state.mask, persistent=False)
+        mask = None if state.mask is None else state.mask.detach()  # sharding moves a buffer, and this is its own
+        self.register_buffer("kept", mask, persistent=False)
         branch = state.low_rank
         more = form == "lora-merge" or (form == "lora" and (branch is None or extend))
         if branch is not None:  # at the factor 1, whatever alpha is

@@ -26,6 +26,7 @@ from compress.passes.base import ModelPass, SettingError
 from compress.report import BlockLine, LedgerLine
 from compress.state import LinearState, kept_of
 from compress.sweep import NOTHING, Sweep, relative_error
+from compress.training import Training
 from compress.training_store import TrainingStore
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ class Barrier:
     def _model(self, before: dict[int, dict[str, Tensor]], outside: dict[str, Tensor]) -> WholeModel:
         """The model as the sweeps before left it."""
         lock, sweep, world = self.lock, Sweep(self.run, self.number), self.run.world
-        place = _building(world) if self.one.learns() else world.device
+        place = _building(world) if isinstance(self.one, Training) else world.device
         sweep.mode = replace(sweep.mode, device=place)
         values = {key.rpartition(":")[0]: value for key, value in outside.items()}
         for block, kept in before.items():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.errors import RunError
+from compress.errors import PlanError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -40,7 +40,11 @@ class World:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Meet the other processes, where torchrun has started some. `device`: the kind that the plan asks for."""
+        """Meet the other processes, where torchrun has started some. `device`: the kind that the plan asks for.
+
+        Raises:
+            PlanError: there are more processes than GPUs on this machine.
+        """
         self.rank, self.size, self.device = 0, int(os.environ.get("WORLD_SIZE", "1")), device
         self.together = False  # while all of them compute: then a message would not be heard
         if self.size == 1:
@@ -48,10 +52,9 @@ class World:
         self.rank = int(os.environ["RANK"])
         from accelerate import PartialState
 
-        several = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count()  # on a GPU: NCCL refuses
-        refused = several and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1"
-        backend = "gloo" if refused or device.type == "cpu" else "nccl"
-        state = PartialState(cpu=device.type == "cpu", backend=backend, timeout=PATIENCE)
+        if device.type == "cuda":
+            _check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
         self.device = torch.device("cpu") if device.type == "cpu" else state.device
         self._messages = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         atexit.register(self._part)
@@ -169,6 +172,17 @@ class World:
         """The inverse of `gather`."""
         if self.size > 1:
             module.reshard()  # type: ignore[operator]
+
+
+def _check_gpus(processes: int) -> None:
+    """Each process needs a GPU of its own, unless NCCL (2.31 on) is told otherwise. Raises PlanError."""
+    gpus = torch.cuda.device_count()
+    if processes > gpus and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        raise PlanError(
+            f"{processes} processes on this machine, {gpus} GPU{'s' if gpus != 1 else ''}: each needs one of its own",
+            where="torchrun",
+            fix=f'--nproc-per-node {gpus}, or device = "cpu" in [run]',
+        )
 
 
 @dataclass(frozen=True)

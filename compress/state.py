@@ -145,8 +145,9 @@ class LowRank:
         return self.up @ self.down
 
     def rounded(self, dtype: torch.dtype) -> LowRank:
-        """Both factors as `dtype` holds them."""
-        return replace(self, up=self.up.to(dtype).float(), down=self.down.to(dtype).float())
+        """Both factors as `dtype` holds them, and as they are read back: on GPUs a product's bits depend on strides."""
+        up, down = (factor.to(dtype).float().contiguous() for factor in (self.up, self.down))
+        return replace(self, up=up, down=down)
 
 
 @dataclass

@@ -123,8 +123,9 @@ class Sweep:
 
     def replayed(self, index: int, flow: Activations, kept: dict[str, Tensor]) -> Activations:
         """The activations behind a block that is finished, as it left them; `kept`: what the journal keeps of it."""
+        there = {name: tensor.to(self.mode.device) for name, tensor in kept.items()}  # where products were made
         with (
-            self.skeleton.block(index, self.as_parameters(index, kept)) as module,
+            self.skeleton.block(index, self.as_parameters(index, there)) as module,
             self._walk(module, index, [], flow) as walk,
         ):
             return self.flows.outputs(index, walk)

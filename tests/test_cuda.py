@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -124,10 +125,7 @@ HEAD = processes.HEAD.replace('device = "cpu"', 'device = "cuda"')
 
 
 def several(folder: Path, passes: str) -> tuple[Path, Path]:
-    """The outputs of one process and of two: over NCCL where there are two GPUs, over gloo where they share one.
-
-    NCCL from 2.31 on has both on one GPU with NCCL_MULTI_RANK_GPU_ENABLE=1.
-    """
+    """The outputs of one process and of two."""
     processes.source(folder)
     for output, count in (("alone", 1), ("several", 2)):
         status, _, err = processes.run(folder, output, count, passes, head=HEAD)
@@ -153,11 +151,19 @@ ALIKE = {
 }
 
 
+# NCCL from 2.31 on can have both processes on one GPU, if it is told so.
+two = pytest.mark.skipif(
+    torch.cuda.device_count() < 2 and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1", reason="needs two GPUs"
+)
+
+
+@two
 @pytest.mark.parametrize("passes", ALIKE.values(), ids=ALIKE)
 def test_two_processes_write_the_bytes_of_one(tmp_path: Path, passes: str) -> None:
     assert processes.same_bytes(*several(tmp_path, passes))
 
 
+@two
 @pytest.mark.parametrize("passes", [processes.WANDA + processes.RECONSTRUCT + processes.TRAIN, PRUNE])
 def test_two_processes_train_as_one(tmp_path: Path, passes: str) -> None:
     """A whole model, sharded, and blocks one by one."""
