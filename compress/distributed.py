@@ -4,7 +4,8 @@ The first process, of rank 0, leads: it checks, keeps the journal and exports. T
 barrier. In a sweep each process runs its own batches of calibration samples; the moments are added up over all of
 them, each linear is solved by one process, and what it made of it goes to all. Where the whole model is trained, each
 holds a share of it (FSDP2) and takes a share of every batch. Processes find each other, and shard, through accelerate;
-they share the output's disk, from which those that follow read the journal.
+they share the output's disk, from which those that follow read the journal. On GPUs they talk over NCCL, but for
+messages, which are gloo's.
 """
 
 from __future__ import annotations
