@@ -46,6 +46,14 @@ class RunError(CompressError):
     """The run failed; its journal is kept and the same command resumes it."""
 
 
+class SettingError(ValueError):
+    """A setting has an impossible value; `fix` says what to write, `location` where below the table it stands."""
+
+    def __init__(self, problem: str, fix: str, location: tuple[str | int, ...] = ()) -> None:
+        super().__init__(problem)
+        self.fix, self.location = fix, location
+
+
 LONGEST = 2000  # characters of a line; names and values from files may have any length
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.passes.structured import Narrowing
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -57,6 +55,8 @@ def spread_of(lock: Lock, sweep: int, kept: Callable[[int, int], dict[str, Tenso
         sweep: which sweep.
         kept: reads what the journal keeps of a block after a sweep.
     """
+    from compress.passes.structured import Narrowing  # here, since its passes use this module
+
     index = lock.sweeps[sweep][0]
     one = lock.plan.passes[index]
     if not isinstance(one, Narrowing) or lock.left is None or sweep == lock.sweep_of(index):

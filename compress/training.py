@@ -16,8 +16,7 @@ import torch
 from pydantic import Field
 
 from compress.distributed import Share, like, local, whole
-from compress.errors import RunError
-from compress.passes.base import SettingError
+from compress.errors import RunError, SettingError
 from compress.settings import Settings
 
 if TYPE_CHECKING:

@@ -18,9 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.distributed import Job, Share, World, assign
+from compress.distributed import Job, Share, World, assign, like
+from compress.errors import PlanError
 from compress.export.reader import open_model
 from compress.report import load_report
+from compress.training import Training, train
 from tests.conftest import REFERENCE, ROOT, files_of, tiny_directory
 
 if TYPE_CHECKING:
@@ -482,3 +484,58 @@ def test_the_mean_of_weighed_shares_is_the_mean_of_the_batch(size: int, counts: 
         assert len(mine) >= 1
         total += mean(mine) * weight / size
     assert total == pytest.approx(mean(every), rel=1e-12)
+
+
+def test_who_borrows_a_sample_does_not_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of batches of one sample each goes to one process; the other runs another's, and no watcher may see it."""
+    monkeypatch.setattr(Share, "mean", lambda _, value: value)
+    seen: list[list[int]] = []
+
+    class Watching:
+        def expect(self, chosen: torch.Tensor) -> None:
+            seen.append(chosen.tolist())
+
+        def observe(self, step: int) -> None: ...
+
+        def settled(self, steps: int) -> bool:
+            return True
+
+        def state(self) -> dict[str, torch.Tensor]:
+            return {}
+
+        def restore(self, tensors: dict[str, torch.Tensor]) -> None: ...
+
+    class Nowhere:
+        def load(self) -> None: ...
+
+        def save(self, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None: ...
+
+        def report(self, step: int, steps: int, loss: float, held_out: float | None) -> None: ...
+
+    for rank in (0, 1):
+        p = torch.nn.Parameter(torch.ones(1))
+        train(
+            {"p": p},
+            lambda chosen, p=p: p.sum() * chosen.float().sum(),
+            4,
+            Training(steps=4, batch_size=1, holdout=0),
+            Nowhere(),
+            Share(world(rank, 2)),
+            watcher=Watching(),
+        )
+    assert sorted(sample for some in seen for sample in some) == [0, 1, 2, 3]
+
+
+def test_what_is_read_goes_where_the_parameter_is() -> None:
+    """From a file in host memory to a device, when a training is resumed there."""
+    assert like(torch.ones(2), torch.empty(2, device="meta")).device.type == "meta"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any of them waits for another."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(PlanError, match="3 processes on this machine, 2 GPUs: each needs one of its own"):
+        World(torch.device("cuda"))

@@ -83,3 +83,16 @@ def test_a_run_that_ends_while_the_next_one_opens(tmp_path: Path, monkeypatch: p
     workspace.close()
     assert made == 2
     assert reopened(tmp_path) == ["begin"]
+
+
+def test_what_a_sweep_found_of_the_dense_model_outlives_it(tmp_path: Path) -> None:
+    """Processes that follow read the Fisher information; only the first one makes it, before the sweep is looked at."""
+    workspace = Workspace(tmp_path / "out")
+    for sweep in (0, 1, 2):
+        workspace.append({"kind": "fisher", "sweep": sweep})
+        workspace.append({"kind": "block", "sweep": sweep, "block": 0})
+    workspace.forget_sweep(1)
+    workspace.close()
+    again = Workspace(tmp_path / "out")
+    assert [(e["kind"], e["sweep"]) for e in again._entries] == [("fisher", 0), ("block", 0), ("fisher", 1)]
+    again.close()

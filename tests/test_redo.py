@@ -36,3 +36,18 @@ def test_the_way_to_a_damaged_block_is_the_same_in_every_family(
     run(tmp_path)
     assert blocks == [(0, 1), (0, 2)]
     assert_finished(tmp_path)
+
+
+def test_a_block_of_blocks_that_differ_is_pruned_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second sweep knows what each block keeps also where it only makes up for what was damaged."""
+    tiny_directory(tmp_path / "model", "llama", blocks=3)
+    head = PLAN.partition("[[pass]]")[0].replace("90", "9")
+    width = '[[pass]]\nuse = "width"\nchannels = 0.25\nmultiple = 8\nheterogeneous = true\nscore = "wanda"\n'
+    (tmp_path / "plan.toml").write_text(head + width, encoding="utf-8")
+    run(tmp_path)
+    (tmp_path / "out").rename(tmp_path / "reference")
+    flip(interrupt(tmp_path, monkeypatch, 1, 2) / "block-1-00000.safetensors", 300)
+    blocks = watched(monkeypatch)
+    run(tmp_path)
+    assert blocks == [(1, 0), (1, 2)]
+    assert_finished(tmp_path)

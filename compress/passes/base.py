@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from compress.calibration.moments import Moments, Statistics
+from compress.errors import SettingError as SettingError
 from compress.errors import nearest
 from compress.grid import GridSpec
 from compress.settings import Settings
@@ -64,14 +65,6 @@ class Invariant(StrEnum):
     SHAPES = "shapes"  # the widths of the model are final
     TIES = "ties"  # tied parameters are equal
     FUNCTION = "function"  # the outputs have not changed
-
-
-class SettingError(ValueError):
-    """A setting has an impossible value; `fix` says what to write, `location` where below the table it stands."""
-
-    def __init__(self, problem: str, fix: str, location: tuple[str | int, ...] = ()) -> None:
-        super().__init__(problem)
-        self.fix, self.location = fix, location
 
 
 def _patterns(value: Any) -> Any:

@@ -15,7 +15,7 @@ from compress.calibration.moments import Moments, Statistics
 from compress.compiling import compile_plan
 from compress.errors import PlanError
 from compress.evals.perplexity import evaluate
-from compress.passes import AWQ, GPTQ, RTN, BlockState, LinearState, SparseGPT
+from compress.passes import AWQ, GPTQ, RTN, BlockState, LinearState, LQLoRA, Pass, SparseGPT
 from compress.passes.awq import _usable
 from tests.conftest import tiny_directory
 from tests.models import FAMILIES, GROUPED, tiny_model
@@ -215,10 +215,12 @@ def test_half_a_set_is_refused(tmp_path: Path) -> None:
     assert "self_attn.q_proj, self_attn.v_proj" in str(caught.value)
 
 
-def test_without_a_quantizer_it_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", [(), (LQLoRA(bits=4, group_size=16, rank=2),)], ids=["nothing", "lqlora"])
+def test_without_a_quantizer_it_is_refused(tmp_path: Path, after: tuple[Pass, ...]) -> None:
+    """What lqlora leaves to round is known only once it is decomposed."""
     tiny_directory(tmp_path / "model", "llama")
     with pytest.raises(PlanError, match="awq has no quantizer after it"):
-        compile_plan(plan_of(tmp_path, AWQ()))
+        compile_plan(plan_of(tmp_path, AWQ(), *after))
 
 
 def test_after_a_grid_it_is_refused(tmp_path: Path) -> None:

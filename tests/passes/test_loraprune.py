@@ -225,6 +225,19 @@ def test_what_reads_the_units_is_refitted(tmp_path: Path, monkeypatch: pytest.Mo
     assert max(checked.values()) > 1
 
 
+@pytest.mark.parametrize("initialize", ["zero", "principal"])
+def test_the_report_compares_with_the_weights_as_they_came(initialize: Any, tmp_path: Path) -> None:
+    """Without a step that counts nothing but what reads the units changes, and by so much is it wrong."""
+    tiny_directory(tmp_path / "model", "llama", tied=True, gqa=True, blocks=2)
+    still = SHORT | {"learning_rate": 1e-12, "initialize": initialize}
+    report = compress.run(plan_of(tmp_path, LoRAPrune(channels=0.5, **still)))
+    for line in report.linears:
+        if line.linear.endswith("down_proj"):
+            assert line.error_after > 0.01
+        else:
+            assert line.error_after < 1e-10, line.linear
+
+
 class Interrupted(BaseException):
     """Like a signal: nothing may catch it on the way."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ import compress
 from compress import barrier, end_to_end, pipeline, training
 from compress.calibration.tokens import TokenSet
 from compress.compiling import compile_plan
+from compress.flows import Flows
 from compress.journal import Workspace
-from compress.passes import GPTQ, PERP, EoRA, SparseGPT, Wanda, Where, perp
+from compress.passes import GPTQ, PERP, EoRA, Magnitude, SparseGPT, Wanda, Where, perp
 from compress.plan import load_plan
 from compress.rules import RULES
 from compress.sweep import Sweep
@@ -235,6 +237,85 @@ def test_all_learns(
     linears = [name for name in inside if before[name].ndim == 2]
     assert all(torch.equal(before[name] == 0, after[name] == 0) for name in linears)
     assert all(last < first for first, last in watch.losses)
+
+
+@pytest.mark.parametrize(
+    ("family", "apart"), [("gpt2", "*.attn.c_proj"), ("gpt2", "*.mlp.c_proj"), ("llama", "*.down_proj")]
+)
+def test_all_but_what_is_left_alone_learns(
+    family: str, apart: str, sources: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Linears that `except` names stay as they were: masked, with a branch, and not transposed."""
+    first = (Wanda(pattern="2:4"), EoRA(rank=2, match=(apart,)))
+    compress.run(plan_of(sources(family), tmp_path / "before", *first))
+    compress.run(plan_of(sources(family), tmp_path / "after", *first, PERP(train=("all",), except_=(apart,), **SHORT)))
+    before, after = weights_of(tmp_path / "before"), weights_of(tmp_path / "after")
+    alone = {name for name in before if apart.strip("*") in name}
+    assert len(alone) == (4 if family == "gpt2" else 2)  # with their biases
+    assert changed(before, after) == set(before) - alone
+    one, other = branches_of(tmp_path / "before"), branches_of(tmp_path / "after")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_later_sweeps_see_what_was_trained_outside_blocks(
+    family: str, sources: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions, too, which are loaded once and stay in memory."""
+    seen = []
+    embedded = Flows.embedded
+
+    def look(flows: Flows) -> Any:
+        made = embedded(flows)
+        small = [name for name in flows.skeleton.outside if name not in (flows.skeleton.embedding, flows.skeleton.head)]
+        seen.append({name: flows.skeleton.model.get_parameter(name).detach().clone() for name in small})
+        return made
+
+    monkeypatch.setattr(Flows, "embedded", look)
+    fast = SHORT | {"learning_rate": 0.1}
+    compress.run(plan_of(sources(family), tmp_path / "out", PERP(train=("all",), **fast), Wanda(sparsity=0.5)))
+    emitted = weights_of(tmp_path / "out")
+    (found,) = seen
+    assert sum("wpe" in name or "positions" in name for name in found) == 1
+    for name, value in found.items():
+        (stored,) = [tensor for key, tensor in emitted.items() if name.endswith(key) or key.endswith(name)]
+        assert torch.equal(value, stored.float()), name
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_a_sample_without_a_token_to_predict_is_worth_nothing(
+    distill: float, sources: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of a document of one token alone in a batch; training does not diverge on it."""
+    texts = ["abcdef ghij"] * 7 + ["a"]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    plan = compress.Plan(
+        model=compress.Model(path=str(sources("llama") / "model")),
+        calibration=compress.Calibration(
+            source=str(tmp_path / "texts.jsonl"), samples=8, length=8, packing="documents", special_tokens=False
+        ),
+        run=compress.Run(output=str(tmp_path / "out")),
+        passes=(
+            Wanda(sparsity=0.5),
+            PERP(steps=16, batch_size=1, holdout=0.3, evaluate_every=4, rank=2, distill=distill),
+        ),
+    )
+    assert compress.run(plan).linears
+
+
+@pytest.mark.parametrize("mode", ["end-to-end", "reconstruct"])
+def test_the_report_has_the_error_before(mode: str, sources: Callable[..., Path], tmp_path: Path) -> None:
+    """That of the pass before it, as this one finds it."""
+    masked = SHORT | {"train": ("low_rank",), "variant": "masklora"}
+    report = compress.run(
+        plan_of(sources("llama"), tmp_path / "out", Magnitude(sparsity=0.5), PERP(mode=mode, **masked))
+    )
+    lines = {(line.use, line.linear): line for line in report.linears}
+    for (use, name), line in lines.items():
+        if use == "perp":
+            assert line.error_before == pytest.approx(lines["magnitude", name].error_after, rel=1e-5)
+            assert line.error_after != line.error_before
 
 
 @pytest.mark.parametrize("mode", ["end-to-end", "reconstruct"])
