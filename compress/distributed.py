@@ -72,7 +72,8 @@ class World:
     def announce(self, barrier: int | None) -> None:
         """Call the others to a sweep or barrier, by its number; None sends them home."""
         if self.size > 1 and self.rank == 0 and not self.together:
-            torch.distributed.broadcast_object_list([barrier], src=0, group=self._messages)
+            with self._listening():
+                torch.distributed.broadcast_object_list([barrier], src=0, group=self._messages)
 
     def hear(self) -> int | None:
         """What the first process announces. Raises RunError when it is gone."""
@@ -90,6 +91,17 @@ class World:
         except RuntimeError as error:
             fix = "see its message; the same command resumes the run"
             raise RunError(f"{who} of the run ended", where=f"process {self.rank}", fix=fix) from error
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The same where others are waited for out of sight, as in the forward and backward of what is sharded."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+                raise
+            with self._listening():
+                raise
 
     def portion(self, count: int) -> slice:
         """This process's part of `count` batches: consecutive, and as many as any other's but for one."""

@@ -7,6 +7,7 @@ decided before a weight is read is in `compress.compiling`; everything that surv
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -80,10 +81,11 @@ def run(plan: Plan, *, progress: Progress | None = None, restart: bool = False, 
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")  # decision D5: no TF32 in statistics
-        with torch.no_grad():
+        with torch.no_grad(), world.watching():
             return _follow(lock, world) if world.rank else _lead(lock, world, progress, restart, overwrite)
     finally:
-        world.announce(None)
+        with suppress(RunError):  # who is gone need not be sent home
+            world.announce(None)
         progress.end_phase()
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)

@@ -327,8 +327,9 @@ def test_the_death_of_one_ends_the_run_and_the_same_command_resumes_it(
         assert process.poll() is None
         time.sleep(0.02)
     os.kill(processes_in(tmp_path)[victim], signal.SIGKILL)
-    process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode != 0
+    assert f'File "{ROOT / "compress"}' not in err  # no traceback of ours
     assert not (tmp_path / "out").exists()
     before = len(journal(tmp_path, "out"))
     assert before
