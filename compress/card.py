@@ -13,21 +13,26 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from compress.model_files import read_json
 from compress.report import comparison, described, figure, human_bytes, percent, replace_text
+from compress.usage import usage
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from compress.evals.results import Divergence
     from compress.report import Report
 
 
 def write_card(report: Report, directory: Path | str, base_model: str, license: str | None) -> None:
-    """Write README.md into `directory`.
+    """Write README.md into `directory`, whose config.json says what was emitted.
 
     `base_model` is a hub id, or a local directory of which only the name appears; `license` is the base model's
     identifier on the hub ("apache-2.0", "llama3.2"), None where it is not known.
     """
-    report = _public_report(report)
-    card = ModelCard(f"---\n{_metadata(report, base_model, license).to_yaml()}\n---\n\n{_body(report, base_model)}")
+    report, file = _public_report(report), Path(directory) / "config.json"
+    body = _body(report, base_model, read_json(file) if file.exists() else {})
+    card = ModelCard(f"---\n{_metadata(report, base_model, license).to_yaml()}\n---\n\n{body}")
     replace_text(Path(directory) / "README.md", str(card))
 
 
@@ -90,7 +95,7 @@ def _eval_results(report: Report) -> list[EvalResult]:
     ]
 
 
-def _body(report: Report, base_model: str) -> str:
+def _body(report: Report, base_model: str, config: dict[str, Any]) -> str:
     sections = [
         f"# {_code(report.output.path)}",
         f"{_code(_public(base_model))}, compressed with `compress` {report.compress_version}. "
@@ -98,7 +103,7 @@ def _body(report: Report, base_model: str) -> str:
         "were equal, bit for bit, to the compressed model in memory.",
         _method(report),
         _results(report),
-        _loading(report),
+        usage(report, config),
         "## Reproduce\n\n`plan.toml` beside this card is the plan of the run, `lock.json` what it was compiled to. "
         "Set the plan's paths, and run:\n\n```sh\ncompress plan.toml\n```",
         _limits(report),
@@ -164,39 +169,6 @@ def _tasks(report: Report) -> str:
 def _divergence(text: str, kl: Divergence) -> str:
     values = (kl.kl_mean, kl.kl_median, kl.kl_p99, kl.kl_p999, kl.kl_max)
     return _row(text, *(figure(value, "not finite") for value in values), percent(kl.top1_agreement))
-
-
-def _loading(report: Report) -> str:
-    name = re.sub(r"[^\w.\-]", "_", report.output.path)
-    needs = {
-        "gptq": "`transformers` with `gptqmodel` and `optimum`",
-        "compressed-tensors": "`transformers` with `compressed-tensors`",
-        "packed": "`transformers` and `compress`",
-    }
-    plain = "`transformers` and `compress`, because blocks have different widths"
-    plain = plain if report.output.heterogeneous else "plain `transformers`"
-    knows = "the format" if report.output.format == "packed" else "the model" if report.output.heterogeneous else ""
-    first = f"import compress  # transformers then knows {knows}\n" if knows else ""
-    adapter = f"""
-
-Low-rank branches that make up for what was lost are beside the weights, as a PEFT adapter. Without it this is the model
-before that repair. Do not merge it.
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(model, "{name}/adapter")
-```"""
-    return f"""## Use
-
-The directory loads with {needs.get(report.output.format, plain)}:
-
-```python
-{first}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```{adapter if report.output.adapter else ""}"""
 
 
 def _limits(report: Report) -> str:

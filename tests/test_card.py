@@ -129,6 +129,7 @@ def test_the_card_of_a_packed_output_imports_compress(tmp_path: Path) -> None:
     plain = made_up()
     output = plain.output.model_copy(update={"format": "packed"})
     assert "import compress" not in card(tmp_path, plain)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compress"}}')
     assert "import compress  # transformers then knows" in card(tmp_path, made_up(output=output))
 
 
