@@ -104,6 +104,7 @@ def _body(report: Report, base_model: str, config: dict[str, Any]) -> str:
         _method(report),
         _results(report),
         usage(report, config),
+        *_warnings(report),
         "## Reproduce\n\n`plan.toml` beside this card is the plan of the run, `lock.json` what it was compiled to. "
         "Set the plan's paths, and run:\n\n```sh\ncompress plan.toml\n```",
         _limits(report),
@@ -171,6 +172,12 @@ def _divergence(text: str, kl: Divergence) -> str:
     return _row(text, *(figure(value, "not finite") for value in values), percent(kl.top1_agreement))
 
 
+def _warnings(report: Report) -> list[str]:
+    """What the run warned of: it follows from plan and model, and so is the same each time."""
+    warned = "\n".join(f"- {_escaped(warning)}" for warning in report.warnings)
+    return [f"The run warned:\n\n{warned}"] if warned else []
+
+
 def _limits(report: Report) -> str:
     limits = [
         "Perplexity compares only between models scored by the same convention, and does not show how the model does "
@@ -203,7 +210,11 @@ def _code(text: str) -> str:
     return f"`{''.join(char for char in text if char.isprintable() and char != '`') or '-'}`"
 
 
+def _escaped(text: str) -> str:
+    """`text` without what Markdown or HTML would read as markup."""
+    return re.sub(r"([\\`*_\[\]<>!|~&$])", r"\\\1", "".join(filter(str.isprintable, text)))
+
+
 def _row(name: str, *cells: str) -> str:
-    """A table row; what Markdown or HTML would read as markup in `name` is escaped."""
-    shown = re.sub(r"([\\`*_\[\]<>!|~&$])", r"\\\1", "".join(filter(str.isprintable, name)))
-    return f"| {shown} | {' | '.join(cells)} |"
+    """A table row."""
+    return f"| {_escaped(name)} | {' | '.join(cells)} |"
