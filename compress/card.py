@@ -114,7 +114,8 @@ def _body(report: Report, base_model: str, config: dict[str, Any]) -> str:
 
 def _method(report: Report) -> str:
     steps = [
-        f"{number}. {_code(described(step))} on {step.linears:,} linear layers: {percent(step.sparsity)} zeros after it"
+        f"{number}. {_code(described(step))} on {step.linears:,} linear layers: "
+        f"{percent(step.sparsity)} pruned after it"
         + (f", mean relative output error {figure(step.relative_error)}" if step.relative_error is not None else "")
         for number, step in enumerate(report.passes, start=1)
     ]

@@ -234,7 +234,7 @@ def print_summary(report: Report, console: Console) -> None:
         return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
 
     console.print(plain(f"{report.model.path}  ->  {report.output.path}"), style="bold", end="\n\n")
-    sizes, steps = table("", "before", "after", "change"), table("pass", "linears", "zeros", "relative error", "time")
+    sizes, steps = table("", "before", "after", "change"), table("pass", "linears", "pruned", "relative error", "time")
     for row in comparison(report):
         sizes.add_row(*map(plain, row))
     for step in report.passes:
@@ -256,8 +256,8 @@ def comparison(report: Report) -> list[tuple[str, str, str, str]]:
     rows = [
         ("weights on disk", human_bytes(model.bytes), human_bytes(output.bytes), change(model.bytes, output.bytes)),
         ("parameters", f"{model.parameters:,}", f"{output.parameters:,}", change(model.parameters, output.parameters)),
-        ("  of these not zero", "-", f"{output.nonzero_parameters:,}", "-"),
-        ("zeros in linears", "-", percent(output.linear_sparsity), "-"),
+        ("  of these not pruned", "-", f"{output.nonzero_parameters:,}", "-"),
+        ("pruned in linears", "-", percent(output.linear_sparsity), "-"),
     ]
     if output.linear_bits is not None:
         rows.append(("bits per weight in linears", "-", figure(output.linear_bits), "-"))

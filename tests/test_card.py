@@ -117,7 +117,7 @@ def test_a_quantized_model_says_so(tmp_path: Path) -> None:
 
 def test_the_card_states_method_results_use_and_limits(tmp_path: Path) -> None:
     text = card(tmp_path, made_up())
-    expected = ["`sparsegpt (pattern 2:4)` on 28 linear layers: 50.00 % zeros", "39 tensors", "compress plan.toml"]
+    expected = ["`sparsegpt (pattern 2:4)` on 28 linear layers: 50.00 % pruned", "39 tensors", "compress plan.toml"]
     expected += ["| perplexity, test.txt | 133.884 | 141.027 | +5.34 % |", "AutoModelForCausalLM.from_pretrained("]
     expected += ["`test.txt`: window 256, stride 256, 64 windows, 16,320 targets, one tokenizer call", "`wiki.jsonl`"]
     expected += ["| test.txt | 0.0217 | 0.0112 | 0.154 | 0.491 | 2.318 | 88.03 % |", "The zeros are stored"]

@@ -196,7 +196,7 @@ def test_names_with_brackets_are_shown_as_they_are(folder: Path, capsys: pytest.
 
 def test_report_prints_it_again(folder: Path, expected: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
     assert command(capsys, "plan.toml").code == 0
-    assert "zeros in linears" in command(capsys, "report", "out").out
+    assert "pruned in linears" in command(capsys, "report", "out").out
     assert json.loads(command(capsys, "report", "out", "--json").out)["linears"]
     assert files_of(folder / "out") == expected
 
