@@ -35,6 +35,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
     passes = []
     for index, one in enumerate(plan.passes):
         stage = lock.stage_of(index)
+        fields = {key: field for key, field in type(one).model_fields.items() if key in one.settings()}
         linears = [(linear, dict(linear.passes)[index]) for linear in stage.linears if index in dict(linear.passes)]
         passes.append(
             {
@@ -42,6 +43,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
                 "use": one.use(),
                 "sweep": stage.sweep_of(index) + sum(len(before.sweeps) for before in stage.stages[:-1]),
                 "settings": one.settings(),
+                "defaults": [key for key, field in fields.items() if getattr(one, key) == field.get_default()],
                 "linears": len(linears),
                 "weights": sum(linear.weights for linear, _ in linears),
                 "overridden": sum(resolved.settings() != one.settings() for _, resolved in linears),
@@ -85,7 +87,7 @@ def print_check(found: dict[str, Any], console: Console) -> None:
     for column in ("pass", "use", "settings", "linears", "weights", "sweep"):
         table.add_column(column, justify="right" if column in ("linears", "weights", "sweep") else "left")
     for one in found["passes"]:
-        settings = ", ".join(f"{k}={v}" for k, v in one["settings"].items() if v not in (None, False))
+        settings = ", ".join(_shown_settings(one["settings"], one["defaults"]))
         settings += f"; {one['overridden']} linears have others" if one["overridden"] else ""
         weights = f"{one['weights'] / 1e6:.2f} M"
         table.add_row(str(one["pass"]), one["use"], settings, str(one["linears"]), weights, str(one["sweep"] + 1))
@@ -109,6 +111,12 @@ def print_check(found: dict[str, Any], console: Console) -> None:
         console.print(f"{name:<19}{value}", highlight=False)
     for warning in found["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+
+
+def _shown_settings(settings: dict[str, Any], defaults: list[str]) -> list[str]:
+    """Settings, without those that by default are off."""
+    shown = {key: value for key, value in settings.items() if value not in (None, False, []) or key not in defaults}
+    return [f"{k}={str(v).lower() if v is None or isinstance(v, bool) else v}" for k, v in shown.items()]
 
 
 def _size(name: str, size: int | dict[str, int]) -> str:
