@@ -53,7 +53,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
     return {
         "model": {
             "path": plan.model.path,
-            "architecture": lock.config.model_type,
+            "architecture": lock.root.config.model_type,
             "blocks": lock.root.blocks,
             "linears": len(lock.root.linears),
             "bytes": sum(lock.root.checkpoint.sizes.values()),

@@ -389,6 +389,8 @@ def test_check_says_who_loads_it(tmp_path: Path) -> None:
     found = check_plan(load_plan(tmp_path / "plan.toml"))
     assert found["passes"][0]["left"] == {"heads": 2, "channels": {"total": 112}, "hidden": 32, "blocks": 3}
     assert not found["output_bytes_exact"]
+    (tmp_path / "plan.toml").write_text((tmp_path / "plan.toml").read_text() + SPARSE)
+    assert check_plan(load_plan(tmp_path / "plan.toml"))["model"]["architecture"] == "llama"  # that of the source
     (said,) = (text for text in found["warnings"] if "different widths" in text)
     assert "compress.load reads the result" in said
     assert "stock transformers, GPTQModel and vLLM do not" in said
