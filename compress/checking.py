@@ -13,11 +13,12 @@ from compress.estimate import check_disk, choose_mode, disk_bytes, seconds
 from compress.outcome import refuse_foreign
 from compress.passes.base import matches
 from compress.report import figure, human_bytes, human_seconds, percent
+from compress.structure import width_named
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from compress.lock import Lock
+    from compress.lock import Linear, Lock
     from compress.plan import Plan
     from compress.report import EvaluationLine
 
@@ -144,7 +145,10 @@ def print_evaluation(lines: tuple[EvaluationLine, ...], console: Console) -> Non
 
 
 def explain(lock: Lock, name: str) -> dict[str, Any]:
-    """Each setting of one layer, and the line of the plan that gave it. Raises PlanError for an unknown layer."""
+    """Each setting of one layer, and the line of the plan that gave it. Raises PlanError for an unknown layer.
+
+    Where blocks will differ and the run finds how, its shape is that before, and `undecided` says what of it is open.
+    """
     found = {linear.name: (stage, linear) for stage in lock.stages for linear in stage.linears}  # the last that has it
     names = list(found)
     if name not in names:
@@ -172,17 +176,34 @@ def explain(lock: Lock, name: str) -> dict[str, Any]:
             given = resolved.settings().items()
             entry["settings"] = [_given(lock.plan, index, key, value, name) for key, value in given]
         passes.append(entry)
+    known, undecided = _known_shape(lock, name)
     return {
         "name": linear.name,
         "tensor": linear.stored,
         "block": linear.block,
         "inputs_shared_with": [other.name for other in stage.in_block(linear.block) if other.subset == linear.subset],
-        "shape": [linear.out_features, linear.in_features],
+        "shape": [known.out_features, known.in_features],
+        "undecided": undecided,
         "dtype": linear.dtype,
         "format": lock.form.name,
         "tensors": [slot.name for slot in lock.form.slots(linear)] if stage is lock else [],
         "passes": passes,
     }
+
+
+def _known_shape(lock: Lock, name: str) -> tuple[Linear, list[str]]:
+    """A linear as the last stage has it that knows its shape before the run, and which of its features are open."""
+    there = [(stage, linear) for stage in lock.stages for linear in stage.linears if linear.name == name]
+    for stage, linear in there:
+        inside = name.removeprefix(stage.skeleton.prefix(linear.block))
+        widths = [width_named(stage.architecture, one) for one in (stage.left.different if stage.left else ())]
+        sides = {
+            "out_features": any(inside in width.rows for width in widths),
+            "in_features": any(inside in width.columns for width in widths),
+        }
+        if any(sides.values()):
+            return linear, [side for side, is_open in sides.items() if is_open]
+    return there[-1][1], []
 
 
 def _given(plan: Plan, index: int, key: str, value: Any, name: str) -> dict[str, Any]:
