@@ -302,9 +302,13 @@ def notices(report: Report) -> list[str]:
 
 
 def described(step: PassSummary) -> str:
-    """The method and the settings that define it, as "gptq (bits 4, group size 128)"."""
-    known = ("pattern", "sparsity", "bits", "group_size", "rank")
-    shown = [f"{key.replace('_', ' ')} {step.settings[key]}" for key in known if step.settings.get(key) is not None]
+    """The method and the settings that define it, as "gptq (bits 4, group size 128, asymmetric)"."""
+    given = step.settings
+    known = ("name", "pattern", "sparsity", "count", "blocks", "bits", "group_size", "rank", "budget")
+    shown = [f"{key.replace('_', ' ')} {given[key]}" for key in known if given.get(key) is not None]
+    shown += [f"{key} {given[key]}" for key in ("heads", "channels", "hidden") if given.get(key)]  # 0: none go
+    shown += ["heterogeneous"] if given.get("heterogeneous") is True else []
+    shown += ["asymmetric"] if given.get("symmetric") is False else []
     return f"{step.use} ({', '.join(shown)})" if shown else step.use
 
 

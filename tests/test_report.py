@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from compress.errors import PlanError
+from compress.passes import PEQA, RTN, DepthPruning, LQLoRA, SparseGPT, WidthPruning
 from compress.report import (
     SCHEMA_VERSION,
     BlockLine,
@@ -31,6 +32,7 @@ from compress.report import (
     VerifiedInfo,
     change,
     comparison,
+    described,
     figure,
     human_bytes,
     human_seconds,
@@ -42,6 +44,8 @@ from compress.report import (
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from compress.passes import Pass
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -432,6 +436,24 @@ def test_what_masks_prune_is_not_called_zeros(tmp_path: Path) -> None:
         assert "pruned in linears" in text
         assert "of these not pruned" in text
         assert "zero" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("one", "text"),
+    [
+        (WidthPruning(channels=0.25, heterogeneous=True), "width (channels 0.25, heterogeneous)"),
+        (WidthPruning(hidden=0.25, heads=0.5), "width (heads 0.5, hidden 0.25)"),
+        (DepthPruning(blocks=2), "depth (blocks 2)"),
+        (LQLoRA(budget=4.25), "lqlora (rank 64, budget 4.25)"),
+        (RTN(bits=3, symmetric=False), "rtn (bits 3, group size 128, asymmetric)"),
+        (PEQA(name="stories"), "peqa (name stories)"),
+        (PEQA(), "peqa"),
+        (SparseGPT(pattern="2:4"), "sparsegpt (pattern 2:4)"),
+    ],
+)
+def test_what_defines_a_pass_is_said(one: Pass, text: str) -> None:
+    step = made_up().passes[0].model_copy(update={"use": one.use(), "settings": one.settings()})
+    assert described(step) == text
 
 
 def test_comparison_without_a_dense_score() -> None:
