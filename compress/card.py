@@ -46,7 +46,7 @@ def _public_report(report: Report) -> Report:
 
 def _metadata(report: Report, base_model: str, license: str | None) -> ModelCardData:
     """The YAML header; the hub refuses a base model that is no hub id, so that a local one is left out."""
-    quantized = any(step.settings.get("bits") for step in report.passes)
+    quantized = any(step.settings.get("bits") or step.settings.get("choices_bits") for step in report.passes)
     pruned = any(step.settings.get("pattern") or step.settings.get("sparsity") for step in report.passes)
     kinds = ["pruning"] * pruned + ["quantization"] * quantized
     methods = [step.use for step in report.passes if step.use.isidentifier()]  # not my_package.my_pass:MyPass

@@ -119,7 +119,7 @@ def _compress(why: str) -> Loading:
 
 def _without(passes: tuple[PassSummary, ...]) -> str:
     """What the weights are without the branches: what they were, if since the first nothing but branches changed."""
-    since = list(dropwhile(lambda step: not step.settings.get("rank"), passes))
+    since = list(dropwhile(lambda step: not (step.settings.get("rank") or step.settings.get("choices_rank")), passes))
     if since and all(_only_branches(step) for step in since):
         return f"Without it this is the model as it was before `{since[0].use}`."
     return "What is left without it is no model that was measured."

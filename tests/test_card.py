@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from compress.card import write_card
+from compress.passes import LQLoRA
 from compress.report import Report
 
 if TYPE_CHECKING:
@@ -113,6 +114,15 @@ def test_a_quantized_model_says_so(tmp_path: Path) -> None:
     assert data.to_dict()["base_model_relation"] == "quantized"
     assert "license" not in data.to_dict()
     assert "gptq (bits 4, group size 128)" in text
+
+
+def test_bits_under_a_budget_are_quantization_too(tmp_path: Path) -> None:
+    one = LQLoRA(budget=4.25)
+    step = made_up().passes[0].model_copy(update={"use": one.use(), "settings": one.settings()})
+    card(tmp_path, made_up(passes=(step,)))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.tags == ["compress", "quantization", "lqlora"]
+    assert data.to_dict()["base_model_relation"] == "quantized"
 
 
 def test_the_card_states_method_results_use_and_limits(tmp_path: Path) -> None:

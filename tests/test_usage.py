@@ -99,6 +99,7 @@ def test_transposed_linears_are_for_gptqmodel(tmp_path: Path) -> None:
         ([EoRA(rank=2), PERP(train=("norms", "low_rank"))], None),
         ([EoRA(rank=2), PERP(train=("norms",))], None),
         ([LQLoRA(rank=2)], None),
+        ([LQLoRA(budget=4, choices_rank=(0, 2)), EoRA(rank=2)], None),
     ],
 )
 def test_what_the_model_is_without_its_branches(passes: list[Pass], before: str | None) -> None:
