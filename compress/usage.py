@@ -78,7 +78,7 @@ def _of_gptq(found: dict[str, Any], config: dict[str, Any], *, different: bool) 
         return _compress("blocks have different widths" if different else "linears have different grids")
     if mixed or transposed:
         why = "different grids" if mixed else "transposed linears"
-        reader = f"`gptqmodel`, not with `transformers`, which reads no {why} in this format"
+        reader = f"`gptqmodel`, not with `transformers`, which does not read {why} in this format"
         imports = "from gptqmodel import GPTQModel\nfrom transformers import AutoTokenizer"
         return Loading(reader, imports, "model = GPTQModel.load({name}).model")
     reader = "`transformers`, which needs `gptqmodel` and `optimum` for it"
@@ -98,8 +98,8 @@ def _of_compressed_tensors(found: dict[str, Any], *, different: bool, adapter: b
     reader = "`transformers`, which needs `compressed-tensors` for it"
     if not (asymmetric or adapter):
         return _transformers(reader)
-    why = "it reads asymmetric grids" if asymmetric else "PEFT wraps weights"
-    reader += f" and here decodes the weights while loading: {why} only so"
+    why = "it reads asymmetric grids" if asymmetric else "PEFT takes weights"
+    reader += f" and decodes while loading, because {why} only so"
     return _transformers(reader, options="CompressedTensorsConfig(dequantize=True)")
 
 
@@ -107,8 +107,9 @@ def _transformers(reader: str, *, knows: str = "", options: str = "") -> Loading
     """`knows`: what transformers knows after importing compress; `options`: the quantization_config."""
     first = f"import compress  # transformers then knows {knows}\n" if knows else ""
     names = sorted(["AutoModelForCausalLM", "AutoTokenizer", *([options.partition("(")[0]] if options else [])])
-    given = f", quantization_config={options}" if options else ""
-    model = f'model = AutoModelForCausalLM.from_pretrained({{name}}, dtype="auto"{given})'
+    given = f"options = {options}\n" if options else ""
+    model = f'{given}model = AutoModelForCausalLM.from_pretrained({{name}}, dtype="auto"'
+    model += ", quantization_config=options)" if options else ")"
     return Loading(reader, f"{first}from transformers import {', '.join(names)}", model)
 
 
@@ -122,7 +123,7 @@ def _without(passes: tuple[PassSummary, ...]) -> str:
     since = list(dropwhile(lambda step: not (step.settings.get("rank") or step.settings.get("choices_rank")), passes))
     if since and all(_only_branches(step) for step in since):
         return f"Without it this is the model as it was before `{since[0].use}`."
-    return "What is left without it is no model that was measured."
+    return "Without it, what is left is no model that was measured."
 
 
 def _only_branches(step: PassSummary) -> bool:

@@ -52,10 +52,10 @@ CASES: dict[str, tuple[str, list[Any], str]] = {
     "gptq": ("gptq", [coarse(), EoRA(rank=2)], "`transformers`, which needs `gptqmodel` and `optimum` for it:"),
     "asymmetric gptq": ("gptq", [coarse(symmetric=False)], "`gptqmodel` and `optimum` for it:"),
     "groups of 16": ("gptq", [coarse(group_size=16)], 'GPTQConfig(bits=4, backend="gptq_torch")'),
-    "mixed gptq": ("gptq", [coarse(where=MIXED), EoRA(rank=2)], "reads no different grids in this format:"),
+    "mixed gptq": ("gptq", [coarse(where=MIXED), EoRA(rank=2)], "does not read different grids in this format:"),
     "codes": ("compressed-tensors", [coarse()], "`transformers`, which needs `compressed-tensors` for it:"),
-    "asymmetric": ("compressed-tensors", [coarse(symmetric=False)], "it reads asymmetric grids only so:"),
-    "codes and branches": ("compressed-tensors", [coarse(), EoRA(rank=2)], "PEFT wraps weights only so:"),
+    "asymmetric": ("compressed-tensors", [coarse(symmetric=False)], "because it reads asymmetric grids only so:"),
+    "codes and branches": ("compressed-tensors", [coarse(), EoRA(rank=2)], "PEFT takes weights only so:"),
     "mixed": ("compressed-tensors", [coarse(where=MIXED)], "`transformers`, which needs `compressed-tensors` for it:"),
     "mixed, asymmetric": ("compressed-tensors", [coarse(where=MIXED, symmetric=False)], "`compress`, because linears"),
     "mixed and branches": ("compressed-tensors", [coarse(where=MIXED), EoRA(rank=2)], "which this loads, too."),
@@ -107,7 +107,11 @@ def test_what_the_model_is_without_its_branches(passes: list[Pass], before: str 
     fields = [{"use": one.use(), "settings": one.settings()} for one in passes]
     steps = [plain.passes[0].model_copy(update=each) for each in fields]
     text = usage(made_up(output=plain.output.model_copy(update={"adapter": True}), passes=steps), {})
-    said = f"Without it this is the model as it was before `{before}`." if before else "no model that was measured."
+    said = (
+        f"Without it this is the model as it was before `{before}`."
+        if before
+        else "Without it, what is left is no model that was measured."
+    )
     assert said in text
 
 
