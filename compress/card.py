@@ -13,21 +13,26 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from compress.model_files import read_json
 from compress.report import comparison, described, figure, human_bytes, percent, replace_text
+from compress.usage import usage
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from compress.evals.results import Divergence
     from compress.report import Report
 
 
 def write_card(report: Report, directory: Path | str, base_model: str, license: str | None) -> None:
-    """Write README.md into `directory`.
+    """Write README.md into `directory`, whose config.json says what was emitted.
 
     `base_model` is a hub id, or a local directory of which only the name appears; `license` is the base model's
     identifier on the hub ("apache-2.0", "llama3.2"), None where it is not known.
     """
-    report = _public_report(report)
-    card = ModelCard(f"---\n{_metadata(report, base_model, license).to_yaml()}\n---\n\n{_body(report, base_model)}")
+    report, file = _public_report(report), Path(directory) / "config.json"
+    body = _body(report, base_model, read_json(file) if file.exists() else {})
+    card = ModelCard(f"---\n{_metadata(report, base_model, license).to_yaml()}\n---\n\n{body}")
     replace_text(Path(directory) / "README.md", str(card))
 
 
@@ -41,7 +46,7 @@ def _public_report(report: Report) -> Report:
 
 def _metadata(report: Report, base_model: str, license: str | None) -> ModelCardData:
     """The YAML header; the hub refuses a base model that is no hub id, so that a local one is left out."""
-    quantized = any(step.settings.get("bits") for step in report.passes)
+    quantized = any(step.settings.get("bits") or step.settings.get("choices_bits") for step in report.passes)
     pruned = any(step.settings.get("pattern") or step.settings.get("sparsity") for step in report.passes)
     kinds = ["pruning"] * pruned + ["quantization"] * quantized
     methods = [step.use for step in report.passes if step.use.isidentifier()]  # not my_package.my_pass:MyPass
@@ -90,7 +95,7 @@ def _eval_results(report: Report) -> list[EvalResult]:
     ]
 
 
-def _body(report: Report, base_model: str) -> str:
+def _body(report: Report, base_model: str, config: dict[str, Any]) -> str:
     sections = [
         f"# {_code(report.output.path)}",
         f"{_code(_public(base_model))}, compressed with `compress` {report.compress_version}. "
@@ -98,7 +103,8 @@ def _body(report: Report, base_model: str) -> str:
         "were equal, bit for bit, to the compressed model in memory.",
         _method(report),
         _results(report),
-        _loading(report),
+        usage(report, config),
+        *_warnings(report),
         "## Reproduce\n\n`plan.toml` beside this card is the plan of the run, `lock.json` what it was compiled to. "
         "Set the plan's paths, and run:\n\n```sh\ncompress plan.toml\n```",
         _limits(report),
@@ -108,7 +114,8 @@ def _body(report: Report, base_model: str) -> str:
 
 def _method(report: Report) -> str:
     steps = [
-        f"{number}. {_code(described(step))} on {step.linears:,} linear layers: {percent(step.sparsity)} zeros after it"
+        f"{number}. {_code(described(step))} on {step.linears:,} linear layers: "
+        f"{percent(step.sparsity)} pruned after it"
         + (f", mean relative output error {figure(step.relative_error)}" if step.relative_error is not None else "")
         for number, step in enumerate(report.passes, start=1)
     ]
@@ -166,37 +173,10 @@ def _divergence(text: str, kl: Divergence) -> str:
     return _row(text, *(figure(value, "not finite") for value in values), percent(kl.top1_agreement))
 
 
-def _loading(report: Report) -> str:
-    name = re.sub(r"[^\w.\-]", "_", report.output.path)
-    needs = {
-        "gptq": "`transformers` with `gptqmodel` and `optimum`",
-        "compressed-tensors": "`transformers` with `compressed-tensors`",
-        "packed": "`transformers` and `compress`",
-    }
-    plain = "`transformers` and `compress`, because blocks have different widths"
-    plain = plain if report.output.heterogeneous else "plain `transformers`"
-    knows = "the format" if report.output.format == "packed" else "the model" if report.output.heterogeneous else ""
-    first = f"import compress  # transformers then knows {knows}\n" if knows else ""
-    adapter = f"""
-
-Low-rank branches that make up for what was lost are beside the weights, as a PEFT adapter. Without it this is the model
-before that repair. Do not merge it.
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(model, "{name}/adapter")
-```"""
-    return f"""## Use
-
-The directory loads with {needs.get(report.output.format, plain)}:
-
-```python
-{first}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```{adapter if report.output.adapter else ""}"""
+def _warnings(report: Report) -> list[str]:
+    """What the run warned of: it follows from plan and model, and so is the same each time."""
+    warned = "\n".join(f"- {_escaped(warning)}" for warning in report.warnings)
+    return [f"The run warned:\n\n{warned}"] if warned else []
 
 
 def _limits(report: Report) -> str:
@@ -231,7 +211,11 @@ def _code(text: str) -> str:
     return f"`{''.join(char for char in text if char.isprintable() and char != '`') or '-'}`"
 
 
+def _escaped(text: str) -> str:
+    """`text` without what Markdown or HTML would read as markup."""
+    return re.sub(r"([\\`*_\[\]<>!|~&$])", r"\\\1", "".join(filter(str.isprintable, text)))
+
+
 def _row(name: str, *cells: str) -> str:
-    """A table row; what Markdown or HTML would read as markup in `name` is escaped."""
-    shown = re.sub(r"([\\`*_\[\]<>!|~&$])", r"\\\1", "".join(filter(str.isprintable, name)))
-    return f"| {shown} | {' | '.join(cells)} |"
+    """A table row."""
+    return f"| {_escaped(name)} | {' | '.join(cells)} |"

@@ -13,11 +13,12 @@ from compress.estimate import check_disk, choose_mode, disk_bytes, seconds
 from compress.outcome import refuse_foreign
 from compress.passes.base import matches
 from compress.report import figure, human_bytes, human_seconds, percent
+from compress.structure import width_named
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from compress.lock import Lock
+    from compress.lock import Linear, Lock
     from compress.plan import Plan
     from compress.report import EvaluationLine
 
@@ -35,6 +36,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
     passes = []
     for index, one in enumerate(plan.passes):
         stage = lock.stage_of(index)
+        fields = {key: field for key, field in type(one).model_fields.items() if key in one.settings()}
         linears = [(linear, dict(linear.passes)[index]) for linear in stage.linears if index in dict(linear.passes)]
         passes.append(
             {
@@ -42,6 +44,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
                 "use": one.use(),
                 "sweep": stage.sweep_of(index) + sum(len(before.sweeps) for before in stage.stages[:-1]),
                 "settings": one.settings(),
+                "defaults": [key for key, field in fields.items() if getattr(one, key) == field.get_default()],
                 "linears": len(linears),
                 "weights": sum(linear.weights for linear, _ in linears),
                 "overridden": sum(resolved.settings() != one.settings() for _, resolved in linears),
@@ -51,7 +54,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
     return {
         "model": {
             "path": plan.model.path,
-            "architecture": lock.config.model_type,
+            "architecture": lock.root.config.model_type,
             "blocks": lock.root.blocks,
             "linears": len(lock.root.linears),
             "bytes": sum(lock.root.checkpoint.sizes.values()),
@@ -85,7 +88,7 @@ def print_check(found: dict[str, Any], console: Console) -> None:
     for column in ("pass", "use", "settings", "linears", "weights", "sweep"):
         table.add_column(column, justify="right" if column in ("linears", "weights", "sweep") else "left")
     for one in found["passes"]:
-        settings = ", ".join(f"{k}={v}" for k, v in one["settings"].items() if v not in (None, False))
+        settings = ", ".join(_shown_settings(one["settings"], one["defaults"]))
         settings += f"; {one['overridden']} linears have others" if one["overridden"] else ""
         weights = f"{one['weights'] / 1e6:.2f} M"
         table.add_row(str(one["pass"]), one["use"], settings, str(one["linears"]), weights, str(one["sweep"] + 1))
@@ -109,6 +112,12 @@ def print_check(found: dict[str, Any], console: Console) -> None:
         console.print(f"{name:<19}{value}", highlight=False)
     for warning in found["warnings"]:
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+
+
+def _shown_settings(settings: dict[str, Any], defaults: list[str]) -> list[str]:
+    """Settings, without those that by default are off."""
+    shown = {key: value for key, value in settings.items() if value not in (None, False, []) or key not in defaults}
+    return [f"{k}={str(v).lower() if v is None or isinstance(v, bool) else v}" for k, v in shown.items()]
 
 
 def _size(name: str, size: int | dict[str, int]) -> str:
@@ -136,7 +145,10 @@ def print_evaluation(lines: tuple[EvaluationLine, ...], console: Console) -> Non
 
 
 def explain(lock: Lock, name: str) -> dict[str, Any]:
-    """Each setting of one layer, and the line of the plan that gave it. Raises PlanError for an unknown layer."""
+    """Each setting of one layer, and the line of the plan that gave it. Raises PlanError for an unknown layer.
+
+    Where blocks will differ and the run finds how, its shape is that before, and `undecided` says what of it is open.
+    """
     found = {linear.name: (stage, linear) for stage in lock.stages for linear in stage.linears}  # the last that has it
     names = list(found)
     if name not in names:
@@ -164,17 +176,34 @@ def explain(lock: Lock, name: str) -> dict[str, Any]:
             given = resolved.settings().items()
             entry["settings"] = [_given(lock.plan, index, key, value, name) for key, value in given]
         passes.append(entry)
+    known, undecided = _known_shape(lock, name)
     return {
         "name": linear.name,
         "tensor": linear.stored,
         "block": linear.block,
         "inputs_shared_with": [other.name for other in stage.in_block(linear.block) if other.subset == linear.subset],
-        "shape": [linear.out_features, linear.in_features],
+        "shape": [known.out_features, known.in_features],
+        "undecided": undecided,
         "dtype": linear.dtype,
         "format": lock.form.name,
         "tensors": [slot.name for slot in lock.form.slots(linear)] if stage is lock else [],
         "passes": passes,
     }
+
+
+def _known_shape(lock: Lock, name: str) -> tuple[Linear, list[str]]:
+    """A linear as the last stage has it that knows its shape before the run, and which of its features are open."""
+    there = [(stage, linear) for stage in lock.stages for linear in stage.linears if linear.name == name]
+    for stage, linear in there:
+        inside = name.removeprefix(stage.skeleton.prefix(linear.block))
+        widths = [width_named(stage.architecture, one) for one in (stage.left.different if stage.left else ())]
+        sides = {
+            "out_features": any(inside in width.rows for width in widths),
+            "in_features": any(inside in width.columns for width in widths),
+        }
+        if any(sides.values()):
+            return linear, [side for side, is_open in sides.items() if is_open]
+    return there[-1][1], []
 
 
 def _given(plan: Plan, index: int, key: str, value: Any, name: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Progress:
         again = f", from block {first + 1}" if first else ""
         self.phase("sweep", f"sweep {sweep + 1} of {total}: {' → '.join(names)}{again}")
 
-    def block(self, index: int, total: int, errors: dict[str, float], sparsity: float, seconds: float) -> None:
+    def block(self, index: int, total: int, errors: dict[str, float], pruned: float, seconds: float) -> None:
         """A block is done: mean relative error by pass, and when the sweep will end."""
         done = index + 1 - self._done_before
         left = (time.perf_counter() - self._sweep_began) / done * (total - index - 1)
@@ -54,5 +54,5 @@ class Progress:
         width = len(str(total))
         eta = f"eta {human_seconds(left)}" if index + 1 < total else "done"
         counted = f"{index + 1:>{width}}/{total}"
-        done_what = f"error {shown}  zeros {sparsity:.1%}" if errors else "no pass"
+        done_what = f"error {shown}  pruned {pruned:.1%}" if errors else "no pass"
         self.say(f"  block {counted}  {done_what}  {human_seconds(seconds)}  {eta}")

@@ -234,7 +234,7 @@ def print_summary(report: Report, console: Console) -> None:
         return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
 
     console.print(plain(f"{report.model.path}  ->  {report.output.path}"), style="bold", end="\n\n")
-    sizes, steps = table("", "before", "after", "change"), table("pass", "linears", "zeros", "relative error", "time")
+    sizes, steps = table("", "before", "after", "change"), table("pass", "linears", "pruned", "relative error", "time")
     for row in comparison(report):
         sizes.add_row(*map(plain, row))
     for step in report.passes:
@@ -256,8 +256,8 @@ def comparison(report: Report) -> list[tuple[str, str, str, str]]:
     rows = [
         ("weights on disk", human_bytes(model.bytes), human_bytes(output.bytes), change(model.bytes, output.bytes)),
         ("parameters", f"{model.parameters:,}", f"{output.parameters:,}", change(model.parameters, output.parameters)),
-        ("  of these not zero", "-", f"{output.nonzero_parameters:,}", "-"),
-        ("zeros in linears", "-", percent(output.linear_sparsity), "-"),
+        ("  of these not pruned", "-", f"{output.nonzero_parameters:,}", "-"),
+        ("pruned in linears", "-", percent(output.linear_sparsity), "-"),
     ]
     if output.linear_bits is not None:
         rows.append(("bits per weight in linears", "-", figure(output.linear_bits), "-"))
@@ -302,9 +302,13 @@ def notices(report: Report) -> list[str]:
 
 
 def described(step: PassSummary) -> str:
-    """The method and the settings that define it, as "gptq (bits 4, group size 128)"."""
-    known = ("pattern", "sparsity", "bits", "group_size", "rank")
-    shown = [f"{key.replace('_', ' ')} {step.settings[key]}" for key in known if step.settings.get(key) is not None]
+    """The method and the settings that define it, as "gptq (bits 4, group size 128, asymmetric)"."""
+    given = step.settings
+    known = ("name", "pattern", "sparsity", "count", "blocks", "bits", "group_size", "rank", "budget")
+    shown = [f"{key.replace('_', ' ')} {given[key]}" for key in known if given.get(key) is not None]
+    shown += [f"{key} {given[key]}" for key in ("heads", "channels", "hidden") if given.get(key)]  # 0: none go
+    shown += ["heterogeneous"] if given.get("heterogeneous") is True else []
+    shown += ["asymmetric"] if given.get("symmetric") is False else []
     return f"{step.use} ({', '.join(shown)})" if shown else step.use
 
 

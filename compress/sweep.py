@@ -404,9 +404,15 @@ class Sweep:
         errors: dict[str, list[float]] = {}
         for line in ledger:
             errors.setdefault(line.use, []).append(line.error_after or 0.0)
-        zeros = fmean(line.sparsity for line in ledger) if ledger else 0.0
         means = {use: fmean(values) for use, values in errors.items()}
-        self.run.progress.block(index, self.lock.blocks, means, zeros, seconds)
+        self.run.progress.block(index, self.lock.blocks, means, _pruned(ledger), seconds)
+
+
+def _pruned(ledger: list[LedgerLine]) -> float:
+    """The share of the weights of a block's linears that is pruned after the last of its passes."""
+    last = {line.linear: line for line in ledger}.values()
+    sizes = [line.out_features * line.in_features for line in last]
+    return sum(line.sparsity * size for line, size in zip(last, sizes, strict=True)) / max(1, sum(sizes))
 
 
 def _quantizer(linear: Linear, after: int) -> Pass | None:

@@ -65,7 +65,7 @@ def main() -> None:
     title = "\nembedded reference model, 4.2 M parameters"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for heading in ("perplexity", "KL to dense", "same top", "zeros", "size", "time"):
+    for heading in ("perplexity", "KL to dense", "same top", "pruned", "size", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     first = next(iter(reports.values()))
     dense = first.evaluation[0].dense

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from compress.card import write_card
+from compress.passes import LQLoRA
 from compress.report import Report
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def made_up(**changes: Any) -> Report:
         "phases": {"sweep": 17.31, "evaluate": 9.64},
         "peak_memory_bytes": 655_360_000,
         "estimated_memory_bytes": 700_448_768,
-        "warnings": ["/home/someone/cache is on a slow disk"],
+        "warnings": ["gptq: linears have different grids, which transformers does not read in this format"],
         "plan_toml": '[model]\npath = "/home/someone/models/tiny-llama"\n',
         "verified": {"tensors": 39, "bytes": 8_398_848},
     }
@@ -115,9 +116,18 @@ def test_a_quantized_model_says_so(tmp_path: Path) -> None:
     assert "gptq (bits 4, group size 128)" in text
 
 
+def test_bits_under_a_budget_are_quantization_too(tmp_path: Path) -> None:
+    one = LQLoRA(budget=4.25)
+    step = made_up().passes[0].model_copy(update={"use": one.use(), "settings": one.settings()})
+    card(tmp_path, made_up(passes=(step,)))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.tags == ["compress", "quantization", "lqlora"]
+    assert data.to_dict()["base_model_relation"] == "quantized"
+
+
 def test_the_card_states_method_results_use_and_limits(tmp_path: Path) -> None:
     text = card(tmp_path, made_up())
-    expected = ["`sparsegpt (pattern 2:4)` on 28 linear layers: 50.00 % zeros", "39 tensors", "compress plan.toml"]
+    expected = ["`sparsegpt (pattern 2:4)` on 28 linear layers: 50.00 % pruned", "39 tensors", "compress plan.toml"]
     expected += ["| perplexity, test.txt | 133.884 | 141.027 | +5.34 % |", "AutoModelForCausalLM.from_pretrained("]
     expected += ["`test.txt`: window 256, stride 256, 64 windows, 16,320 targets, one tokenizer call", "`wiki.jsonl`"]
     expected += ["| test.txt | 0.0217 | 0.0112 | 0.154 | 0.491 | 2.318 | 88.03 % |", "The zeros are stored"]
@@ -129,6 +139,7 @@ def test_the_card_of_a_packed_output_imports_compress(tmp_path: Path) -> None:
     plain = made_up()
     output = plain.output.model_copy(update={"format": "packed"})
     assert "import compress" not in card(tmp_path, plain)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compress"}}')
     assert "import compress  # transformers then knows" in card(tmp_path, made_up(output=output))
 
 
@@ -142,7 +153,6 @@ def test_the_card_is_the_same_whatever_the_machine(tmp_path: Path) -> None:
         "peak_memory_bytes": 1,
         "estimated_memory_bytes": 2,
         "resumed": 3,
-        "warnings": (),
         "plan_toml": "",
     }
     assert card(tmp_path, made_up(**elsewhere)) == first
@@ -156,7 +166,7 @@ def test_no_path_of_this_machine_is_in_the_card(tmp_path: Path, base_model: str)
     assert "tiny-llama" in text
     assert "base_model" not in text
     assert not re.search(r"(?<![\w.`])(/|\.{1,2}/|[A-Z]:\\)\w", text)
-    for private in ("someone", "home", "models/", "models\\", "17.3", "9.6", "625.00", "Linux", "2.13", "slow disk"):
+    for private in ("someone", "home", "models/", "models\\", "17.3", "9.6", "625.00", "Linux", "2.13"):
         assert private not in text, private
 
 
@@ -176,6 +186,12 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert "<script>" not in outside_code.replace("\\<", "")
     assert text.count("\n---\n") == 1
     assert text.count("\n# ") == 1
+
+
+def test_the_card_lists_the_warnings_of_the_run(tmp_path: Path) -> None:
+    text = card(tmp_path, made_up(warnings=("gptq: some warning", "2 stored tensors: <b>.weight")))
+    assert "The run warned:\n\n- gptq: some warning\n- 2 stored tensors: \\<b\\>.weight\n" in text
+    assert "warned" not in card(tmp_path, made_up(warnings=()))
 
 
 def test_a_model_that_was_not_evaluated_says_so(tmp_path: Path) -> None:

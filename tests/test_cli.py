@@ -160,6 +160,17 @@ def test_check_prints_what_the_run_then_writes(folder: Path, capsys: pytest.Capt
     assert written == found["lock"]
 
 
+def test_check_shows_what_is_turned_off(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is false by default is left out, what the plan makes false is not."""
+    rtn = '[[pass]]\nuse = "rtn"\ngroup_size = -1\n'
+    (folder / "plan.toml").write_text(PLAN.partition("[[pass]]")[0] + rtn + "symmetric = false\n")
+    shown = command(capsys, "check", "plan.toml").out
+    assert "symmetric=false" in shown
+    assert "rescale" not in shown
+    (folder / "plan.toml").write_text(PLAN.partition("[[pass]]")[0] + rtn)
+    assert "symmetric=true" in command(capsys, "check", "plan.toml").out
+
+
 def test_explain_tells_where_each_setting_comes_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = PLAN + 'except = "*.k_proj"\n\n[[pass.where]]\nmatch = "*.down_proj"\nsparsity = 0.25  # gentler\n'
     (folder / "plan.toml").write_text(text)
@@ -196,7 +207,7 @@ def test_names_with_brackets_are_shown_as_they_are(folder: Path, capsys: pytest.
 
 def test_report_prints_it_again(folder: Path, expected: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
     assert command(capsys, "plan.toml").code == 0
-    assert "zeros in linears" in command(capsys, "report", "out").out
+    assert "pruned in linears" in command(capsys, "report", "out").out
     assert json.loads(command(capsys, "report", "out", "--json").out)["linears"]
     assert files_of(folder / "out") == expected
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
 from compress.architecture import architecture_for
-from compress.checking import check_plan
+from compress.checking import check_plan, explain
 from compress.compiling import compile_plan
 from compress.errors import ModelError, PlanError
 from compress.export.reader import open_model
@@ -383,12 +383,28 @@ def test_a_stopped_run_goes_on(stop: tuple[int, int], tmp_path: Path, monkeypatc
 # ------------------------------------------------------------------- beforehand
 
 
+def test_explain_makes_up_no_width(tmp_path: Path) -> None:
+    """Before the run there are only the widths of the source."""
+    tiny_directory(tmp_path / "model", "llama", blocks=3)
+    carried_out(tmp_path, CHANNELS)
+    for rest in ("", SPARSE):
+        (tmp_path / "more.toml").write_text((tmp_path / "plan.toml").read_text() + rest)
+        lock = compile_plan(load_plan(tmp_path / "more.toml"))
+        found = explain(lock, "model.layers.0.mlp.down_proj")
+        assert (found["shape"], found["undecided"]) == ([32, 48], ["in_features"])
+        found = explain(lock, "model.layers.0.mlp.up_proj")
+        assert (found["shape"], found["undecided"]) == ([48, 32], ["out_features"])
+        assert explain(lock, "model.layers.0.self_attn.o_proj")["undecided"] == []
+
+
 def test_check_says_who_loads_it(tmp_path: Path) -> None:
     tiny_directory(tmp_path / "model", "llama", blocks=3)
     carried_out(tmp_path, CHANNELS)
     found = check_plan(load_plan(tmp_path / "plan.toml"))
     assert found["passes"][0]["left"] == {"heads": 2, "channels": {"total": 112}, "hidden": 32, "blocks": 3}
     assert not found["output_bytes_exact"]
+    (tmp_path / "plan.toml").write_text((tmp_path / "plan.toml").read_text() + SPARSE)
+    assert check_plan(load_plan(tmp_path / "plan.toml"))["model"]["architecture"] == "llama"  # that of the source
     (said,) = (text for text in found["warnings"] if "different widths" in text)
     assert "compress.load reads the result" in said
     assert "stock transformers, GPTQModel and vLLM do not" in said

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +23,7 @@ from compress.calibration.moments import Moments, Statistics
 from compress.compiling import compile_plan
 from compress.errors import RunError
 from compress.passes import Magnitude, SparseGPT, Wanda
+from compress.progress import Progress
 from compress.stream import Skeleton
 from tests.conftest import files_of, same_bits, some_text, tiny_directory, write_tokenizer
 from tests.models import FAMILIES
@@ -550,3 +554,13 @@ def test_the_report_counts_what_is_in_the_files(tmp_path: Path) -> None:
     assert report.output.nonzero_parameters == parameters - zeros
     assert report.output.linear_sparsity == pytest.approx(zeros / weights) == 0.5
     assert report.verified.tensors == len(stored(tmp_path / "out"))
+
+
+def test_progress_says_what_is_pruned_of_a_block(tmp_path: Path) -> None:
+    """After the last pass of each linear, each weight counted once."""
+    tiny_directory(tmp_path / "model", "llama")
+    plan, told = plan_of(tmp_path, Magnitude(sparsity=0.25), Magnitude(sparsity=0.75, match="*.mlp.*")), io.StringIO()
+    compress.run(plan, progress=Progress(Console(file=told, width=200)))
+    inside = [pruned for name, pruned in pruned_of(plan).items() if ".layers.0." in name]
+    share = sum(int(pruned.sum()) for pruned in inside) / sum(pruned.numel() for pruned in inside)
+    assert re.findall(r"block 1/\d.*pruned (\S+)", told.getvalue()) == [f"{share:.1%}"]

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from compress.errors import PlanError
+from compress.passes import PEQA, RTN, DepthPruning, LQLoRA, SparseGPT, WidthPruning
 from compress.report import (
     SCHEMA_VERSION,
     BlockLine,
@@ -31,6 +32,7 @@ from compress.report import (
     VerifiedInfo,
     change,
     comparison,
+    described,
     figure,
     human_bytes,
     human_seconds,
@@ -42,6 +44,8 @@ from compress.report import (
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from compress.passes import Pass
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -299,7 +303,7 @@ def test_every_linear_is_in_the_charts_and_the_ledger(tmp_path: Path) -> None:
     report = made_up(126)
     html, parsed = page(report, tmp_path)
     assert len(report.linears) == 2 * 882
-    assert html.count("<circle") == 2 * len(report.linears)  # once in the errors, once in the zeros
+    assert html.count("<circle") == 2 * len(report.linears)  # once in the errors, once in the pruned shares
     assert html.count("<rect") >= 2 * 126
     for line in report.linears:
         assert f">{line.linear}<" in html
@@ -349,7 +353,7 @@ def test_experts_share_a_chart_without_a_line(tmp_path: Path) -> None:
     lines = [line.model_copy(update={"linear": name, "block": int(name.split(".")[2])}) for name in names]
     html, _ = page(made_up(linears=tuple(lines)), tmp_path)
     assert html.count("<h3>mlp.experts.*.up_proj</h3>") == 1
-    assert html.count("<polyline") == 1  # only along the zeros, where every linear has its own place
+    assert html.count("<polyline") == 1  # only along the pruned shares, where every linear has its own place
 
 
 HOSTILE = '</title></pre><script>alert("1")</script><img src=x onerror=alert(1)>\'"&'
@@ -423,6 +427,33 @@ def test_names_cannot_control_the_terminal() -> None:
     path = "[bold]/models[/bold]\x1b[2J\x07\r/é→"
     text = printed(made_up(model=made_up().model.model_copy(update={"path": path})), encoding="ascii")
     assert "[bold]/models[/bold]?[2J??/??" in text
+
+
+def test_what_masks_prune_is_not_called_zeros(tmp_path: Path) -> None:
+    """A code may be 0 by rounding, which these figures do not count."""
+    write_report(made_up(), tmp_path)
+    for text in (printed(made_up(), width=120), (tmp_path / "report.html").read_text()):
+        assert "pruned in linears" in text
+        assert "of these not pruned" in text
+        assert "zero" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("one", "text"),
+    [
+        (WidthPruning(channels=0.25, heterogeneous=True), "width (channels 0.25, heterogeneous)"),
+        (WidthPruning(hidden=0.25, heads=0.5), "width (heads 0.5, hidden 0.25)"),
+        (DepthPruning(blocks=2), "depth (blocks 2)"),
+        (LQLoRA(budget=4.25), "lqlora (rank 64, budget 4.25)"),
+        (RTN(bits=3, symmetric=False), "rtn (bits 3, group size 128, asymmetric)"),
+        (PEQA(name="stories"), "peqa (name stories)"),
+        (PEQA(), "peqa"),
+        (SparseGPT(pattern="2:4"), "sparsegpt (pattern 2:4)"),
+    ],
+)
+def test_what_defines_a_pass_is_said(one: Pass, text: str) -> None:
+    step = made_up().passes[0].model_copy(update={"use": one.use(), "settings": one.settings()})
+    assert described(step) == text
 
 
 def test_comparison_without_a_dense_score() -> None:
