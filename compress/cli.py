@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
 
 from compress import __version__
-from compress.cli_measure import GateFailed, Json, baseline, evaluate, gate, out, print_json, print_line
+from compress.cli_measure import GateFailed, Json, Output, baseline, evaluate, gate, out, print_json, print_line
 from compress.errors import CompressError, RunError, nearest
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ app = App(
     help="Compress a language model by a plan: prune it, prove what was written, measure it.\n\n"
     "compress PLAN.toml runs the plan, or resumes it.",
     version=__version__,
+    console=out,
     default_parameter=Parameter(negative=()),
     suppress_keyboard_interrupt=False,  # `main` says what becomes of the run
 )
@@ -218,7 +218,7 @@ def _carry_out(arguments: list[str] | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's entry point; returns its exit code."""
-    errors = Console(stderr=True)
+    errors = Output(stderr=True)
     try:
         _carry_out(arguments)
     except CycloptsError as error:
@@ -237,9 +237,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("interrupted; what was finished is in the journal, the same command resumes it", style="red")
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (OSError, MemoryError) as error:
         problem = RunError(str(error) or type(error).__name__, fix="free the resource and run the same command again")
         errors.print(f"error: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
