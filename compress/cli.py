@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from cyclopts import App, CycloptsError, Parameter
 from compress import __version__
 from compress.cli_measure import GateFailed, Json, Output, baseline, evaluate, gate, out, print_json, print_line
 from compress.errors import CompressError, RunError, nearest
+from compress.unforeseen import unforeseen
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -239,6 +241,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except (OSError, MemoryError) as error:
         problem = RunError(str(error) or type(error).__name__, fix="free the resource and run the same command again")
+        errors.print(f"error: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return problem.exit_code
+    except Exception as error:
+        errors.print("".join(traceback.format_exception(error)), highlight=False, markup=False, soft_wrap=True)
+        problem = unforeseen(error)
         errors.print(f"error: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
         return problem.exit_code
     return 0
