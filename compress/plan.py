@@ -20,11 +20,13 @@ from compress import passes as builtin_passes
 from compress.errors import PlanError, nearest
 from compress.passes.base import Pass, Patterns, SettingError
 from compress.plan_text import Location, Source
-from compress.settings import Settings
+from compress.settings import Settings, wrong_shape
 from compress.state import Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pydantic_core import ErrorDetails
 
 
 LONGEST_NAME = 255  # bytes, on all file systems that are in use; a longer one makes every look-up fail
@@ -144,7 +146,8 @@ class Plan(Settings):
     @classmethod
     def _from_tables(cls, value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
-            raise SettingError(f"pass must be a list of tables, not {type(value).__name__}", "write [[pass]]")
+            shown = "a table" if isinstance(value, dict) else repr(value)
+            raise SettingError(f"must be a list of tables, not {shown}", "write [[pass]]")
         return tuple(item if isinstance(item, Pass) else pass_from_table(item) for item in value)
 
     @property
@@ -360,13 +363,31 @@ def _explain(error: ValidationError, cls: type[Settings], source: Source, prefix
         problem, fix = "there is no pass", f"add [[pass]] with use = one of {', '.join(sorted(pass_classes()))}"
     elif location == ("export",) and first["type"] == "too_long":
         problem, fix = "this version writes one format", "keep one [[export]]"
+    elif shape := _shape(first, cls, prefix):
+        problem, fix = shape
     else:
         problem = f"{first['msg']}, not {first['input']!r}" if "input" in first else first["msg"]
-        described = owner.model_fields.get(_field_name(owner, key)) if owner else None
-        fix = f"{key} is {described.description}" if described and described.description else "correct the value"
+        fix = _described(owner, key)
         if cause is not None:
             problem = f"{cause}, not {first['input']!r}"
     return PlanError(problem + more, where=source.where(location), fix=fix)
+
+
+def _described(owner: type[Settings], key: str) -> str:
+    field = owner.model_fields.get(_field_name(owner, key))
+    return f"{key} is {field.description}" if field and field.description else "correct the value"
+
+
+def _shape(error: ErrorDetails, cls: type[Settings], prefix: Location) -> tuple[str, str] | None:
+    """Problem and fix of a table or a value that should be a list, or the other way round; None for other errors."""
+    names = [part for part in error["loc"] if isinstance(part, str)]
+    owner = _owner(cls, tuple(names))
+    field = owner.model_fields.get(_field_name(owner, names[-1])) if names else None
+    if field is None:
+        return None
+    place = ".".join([str(part) for part in prefix if isinstance(part, str)] + names)
+    found = wrong_shape(error["type"], error["input"], field.annotation, place)
+    return (found[0], found[1] or _described(owner, names[-1])) if found else None
 
 
 def _owner(cls: type[Settings], location: Location) -> type[Settings]:
