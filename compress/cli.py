@@ -9,15 +9,16 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
 
 from compress import __version__
-from compress.cli_measure import GateFailed, Json, baseline, evaluate, gate, out, print_json, print_line
+from compress.cli_measure import GateFailed, Json, Output, baseline, evaluate, gate, out, print_json, print_line
 from compress.errors import CompressError, RunError, nearest
+from compress.unforeseen import unforeseen
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -30,6 +31,7 @@ app = App(
     help="Compress a language model by a plan: prune it, prove what was written, measure it.\n\n"
     "compress PLAN.toml runs the plan, or resumes it.",
     version=__version__,
+    console=out,
     default_parameter=Parameter(negative=()),
     suppress_keyboard_interrupt=False,  # `main` says what becomes of the run
 )
@@ -218,13 +220,15 @@ def _carry_out(arguments: list[str] | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's entry point; returns its exit code."""
-    errors = Console(stderr=True)
+    errors = Output(stderr=True)
     try:
         _carry_out(arguments)
     except CycloptsError as error:
         word = next(iter(sys.argv[1:] if arguments is None else arguments), "")
-        hint = "" if Path(word).suffix else nearest(word, COMMANDS)
-        errors.print(f"error: {error}{hint}", style="red", highlight=False, markup=False, soft_wrap=True)
+        hint = "" if Path(word).suffix or word in COMMANDS else nearest(word, COMMANDS)
+        errors.print(
+            f"error: {str(error).rstrip('.')}{hint}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         errors.print("fix: see compress --help", highlight=False, markup=False)
         return 2
     except GateFailed:
@@ -237,11 +241,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("interrupted; what was finished is in the journal, the same command resumes it", style="red")
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (OSError, MemoryError) as error:
         problem = RunError(str(error) or type(error).__name__, fix="free the resource and run the same command again")
+        errors.print(f"error: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return problem.exit_code
+    except Exception as error:
+        errors.print("".join(traceback.format_exception(error)), highlight=False, markup=False, soft_wrap=True)
+        problem = unforeseen(error)
         errors.print(f"error: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
         return problem.exit_code
     return 0

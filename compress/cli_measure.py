@@ -6,14 +6,31 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
 
 from compress.errors import PlanError
 
-out = Console()
+
+class Output(Console):
+    """A console that falls silent once nobody reads it, where rich's would end the command: a run's result is files."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on without it."""
+        self.quiet = True
+        fall_silent(self.file)
+
+
+def fall_silent(stream: IO[str]) -> None:
+    """What is still written to a stream that nobody reads is dropped, also what it holds when the process ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+out = Output()
 Json = Annotated[bool, Parameter(name="--json", help="print JSON")]
 
 
@@ -229,7 +246,7 @@ def gate(
 def _tell_github(result: Any, stream: Any) -> None:
     from compress.evals.ci import summary, workflow_commands
 
-    stream.write("\n".join(workflow_commands(result)) + "\n")
+    _write(stream, "\n".join(workflow_commands(result)) + "\n")
     target = os.environ.get("GITHUB_STEP_SUMMARY")
     if target:
         with Path(target).open("a", encoding="utf-8") as file:
@@ -250,4 +267,12 @@ def print_line(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """JSON on the standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    _write(sys.stdout, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(stream: IO[str], text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        fall_silent(stream)

@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 LATER_IMPORTS = 80 << 20  # tokenizer, report and data libraries that are imported after the estimate is made
 HARNESS_IMPORTS = 180 << 20  # lm-eval, scipy.stats and what they import
 HEAD_BYTES = 16 << 20  # logits held at once while scoring; see compress.evals.perplexity
+FEWER = "calibrate on fewer or shorter samples"
+# What makes each phase smaller; verification holds one block, whatever a plan says.
+LESS = {
+    "blocks": FEWER,
+    "embedding": FEWER,
+    "self-calibration": "calibrate on a text instead",
+    "training": "give the pass a smaller batch_size, or calibrate on shorter samples",
+    "evaluation": "leave evaluate.perplexity out and use compress eval afterwards",
+    "tasks": "leave evaluate.tasks and the gate out and use compress eval and compress gate afterwards",
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def choose_mode(lock: Lock) -> Mode:
     raise PlanError(
         f"the run needs {human_bytes(leanest.peak)} ({phase}), more than memory = {human_bytes(limit)}",
         where=lock.plan.source.where(("run", "memory")),
-        fix="allow more memory, or calibrate on fewer or shorter samples",
+        fix="allow more memory" + (f", or {LESS[phase]}" if phase in LESS else ""),
     )
 
 

@@ -11,6 +11,7 @@ import os
 import pkgutil
 import re
 import tomllib
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +21,13 @@ from compress import passes as builtin_passes
 from compress.errors import PlanError, nearest
 from compress.passes.base import Pass, Patterns, SettingError
 from compress.plan_text import Location, Source
-from compress.settings import Settings
+from compress.settings import Settings, wrong_shape
 from compress.state import Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pydantic_core import ErrorDetails
 
 
 LONGEST_NAME = 255  # bytes, on all file systems that are in use; a longer one makes every look-up fail
@@ -144,7 +147,8 @@ class Plan(Settings):
     @classmethod
     def _from_tables(cls, value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
-            raise SettingError(f"pass must be a list of tables, not {type(value).__name__}", "write [[pass]]")
+            shown = "a table" if isinstance(value, dict) else repr(value)
+            raise SettingError(f"must be a list of tables, not {shown}", "write [[pass]]")
         return tuple(item if isinstance(item, Pass) else pass_from_table(item) for item in value)
 
     @property
@@ -231,12 +235,27 @@ def find_pass(use: str) -> type[Pass]:
         )
     module, _, attribute = use.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except Exception as error:  # the module is the user's: it may raise anything
-        raise SettingError(f'cannot import pass "{use}": {error}', "install the package, or set PYTHONPATH") from error
+        missing = isinstance(error, ModuleNotFoundError)
+        fix = "install the package, or set PYTHONPATH" if missing else f"correct {module or 'use'}"
+        reason = f"{type(error).__name__}: {error}{_raised_at(error)}"
+        raise SettingError(f'cannot import pass "{use}": {reason}', fix) from error
+    cls = getattr(found, attribute, None)
+    if cls is None:
+        own = [name for name, one in vars(found).items() if isinstance(one, type) and issubclass(one, Pass)]
+        own = [name for name in own if vars(found)[name].__module__ == module]
+        problem = f'cannot import pass "{use}": {module} has no class "{attribute}"{nearest(attribute, own)}'
+        raise SettingError(problem, f"its passes are {', '.join(own)}" if own else "derive one from LinearPass there")
     if not (isinstance(cls, type) and issubclass(cls, Pass)) or bool(getattr(cls, "__abstractmethods__", None)):
         raise SettingError(f'"{use}" is not a pass', "derive the class from compress.passes.LinearPass")
     return cls
+
+
+def _raised_at(error: Exception) -> str:
+    """The line of the user's module at which its import failed; a SyntaxError says it itself."""
+    frames = [one for one in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in one.filename]
+    return f" ({frames[0].filename}:{frames[0].lineno})" if frames else ""
 
 
 def pass_from_table(table: Any) -> Pass:
@@ -360,13 +379,31 @@ def _explain(error: ValidationError, cls: type[Settings], source: Source, prefix
         problem, fix = "there is no pass", f"add [[pass]] with use = one of {', '.join(sorted(pass_classes()))}"
     elif location == ("export",) and first["type"] == "too_long":
         problem, fix = "this version writes one format", "keep one [[export]]"
+    elif shape := _shape(first, cls, prefix):
+        problem, fix = shape
     else:
         problem = f"{first['msg']}, not {first['input']!r}" if "input" in first else first["msg"]
-        described = owner.model_fields.get(_field_name(owner, key)) if owner else None
-        fix = f"{key} is {described.description}" if described and described.description else "correct the value"
+        fix = _described(owner, key)
         if cause is not None:
             problem = f"{cause}, not {first['input']!r}"
     return PlanError(problem + more, where=source.where(location), fix=fix)
+
+
+def _described(owner: type[Settings], key: str) -> str:
+    field = owner.model_fields.get(_field_name(owner, key))
+    return f"{key} is {field.description}" if field and field.description else "correct the value"
+
+
+def _shape(error: ErrorDetails, cls: type[Settings], prefix: Location) -> tuple[str, str] | None:
+    """Problem and fix of a table or a value that should be a list, or the other way round; None for other errors."""
+    names = [part for part in error["loc"] if isinstance(part, str)]
+    owner = _owner(cls, tuple(names))
+    field = owner.model_fields.get(_field_name(owner, names[-1])) if names else None
+    if field is None:
+        return None
+    place = ".".join([str(part) for part in prefix if isinstance(part, str)] + names)
+    found = wrong_shape(error["type"], error["input"], field.annotation, place)
+    return (found[0], found[1] or _described(owner, names[-1])) if found else None
 
 
 def _owner(cls: type[Settings], location: Location) -> type[Settings]:

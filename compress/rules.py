@@ -17,7 +17,7 @@ from compress.checkpoint import DTYPES
 from compress.errors import PlanError, nearest
 from compress.evals.planned import check_tasks
 from compress.export.formats import Format, known_formats
-from compress.passes.base import BlockPass, Invariant, LinearPass, SettingError, matches
+from compress.passes.base import BlockPass, Invariant, LinearPass, PruningPass, SettingError, matches
 from compress.passes.structured import Structured
 from compress.track import check_track
 
@@ -37,10 +37,17 @@ RULES: dict[int, tuple[str, str]] = {
     2: ("structured pruning comes before any mask or grid", "move it before the pass that makes the mask or grid"),
     3: ("a mask is chosen before weights are put on a grid", "prune first, then quantize"),
     4: ("recovery keeps the mask; a LoRA is never merged after a mask or a grid exists", "use a variant that keeps it"),
-    5: ("quantization respects the mask, and comes after weights stop moving", "move the quantizer after that pass"),
+    5: ("quantization respects the mask, and comes after weights stop moving", "quantize once, before compensation"),
     6: ("scales are trained with codes and mask fixed, so there must be a grid", "put a quantizer before it"),
     7: ("compensation comes last, on frozen weights", "move it to the end"),
     8: ("packing reads mask and codes", "export after all passes"),
+}
+# What a pass would break of earlier ones, where the fix of its rule mends it; `_mend` has the others.
+MENDED: dict[int, frozenset[Invariant]] = {
+    1: frozenset(Invariant),
+    2: frozenset({Invariant.MASK, Invariant.PATTERN, Invariant.GRID}),
+    3: frozenset({Invariant.GRID}),
+    4: frozenset(Invariant),
 }
 
 
@@ -76,6 +83,8 @@ def _out_of_order(
     broken: set[Invariant],
 ) -> PlanError:
     rule, fix = RULES[one.rule]
+    if broken:
+        fix = _mend(plan, one, established, broken)
     if missing:
         needs = " and ".join(sorted(missing))
         problem = f"{one.use()} needs a {needs}, which no earlier pass makes for {linear.name}"
@@ -87,6 +96,17 @@ def _out_of_order(
     if not type(one).__module__.startswith("compress."):
         fix += "; a pass of your own must list what it preserves"
     return PlanError(f"{problem}; rule {one.rule}: {rule}", where=plan.source.where(("pass", index)), fix=fix)
+
+
+def _mend(plan: Plan, one: Pass, established: dict[Invariant, int], broken: Iterable[Invariant]) -> str:
+    """What to do about a pass that would break something of earlier ones."""
+    twice = sorted(set(broken) & one.provides())
+    if twice:
+        return f"leave one of the two out: a linear has one {twice[0]}"
+    if set(broken) <= MENDED.get(one.rule, frozenset()) and (one.rule != 3 or isinstance(one, PruningPass)):
+        return RULES[one.rule][1]
+    index = min(established[what] for what in broken)
+    return f"move it before pass[{index}] {plan.passes[index].use()}"
 
 
 def check_format(plan: Plan, linears: Iterable[Linear], form: Format) -> None:

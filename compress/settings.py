@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import json
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -24,6 +25,30 @@ class Settings(BaseModel):
             names = {bool: "true or false", int: "a whole number", float: "a number"}
             raise ValueError(f"must be {' or '.join(names[kind] for kind in (bool, int, float) if kind in wanted)}")
         return value
+
+
+def wrong_shape(kind: str, given: Any, annotation: Any, place: str) -> tuple[str, str | None] | None:
+    """Problem and fix of a value or table where a list belongs, or the other way round; None for other errors.
+
+    Args:
+        kind: pydantic's type of the error.
+        given: the value.
+        annotation: of its field.
+        place: the dotted name of the table or the key.
+    """
+    tables = any(isinstance(one, type) and issubclass(one, Settings) for one in _kinds(annotation))
+    shown = "a table" if isinstance(given, dict) else "a list" if isinstance(given, list) else repr(given)
+    if kind == "tuple_type" and tables:
+        return f"must be a list of tables, not {shown}", f"write [[{place}]]"
+    if kind == "tuple_type":
+        fits = type(given) in _kinds(annotation) or (isinstance(given, str) and given in _kinds(annotation))
+        key = place.rpartition(".")[2]
+        return f"must be a list, not {shown}", f"write {key} = [{json.dumps(given)}]" if fits else None
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return f"must be a table, not {shown}", f"write [[{place}]]" if get_origin(
+            annotation
+        ) is tuple else f"write [{place}]"
+    return None
 
 
 def _kinds(annotation: Any) -> set[Any]:

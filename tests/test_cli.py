@@ -129,6 +129,11 @@ def test_a_wrong_command_line_is_one_message(
     assert left_behind(folder) == []
 
 
+def test_only_a_word_that_is_no_command_is_guessed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "requires an argument\nfix" in refused(capsys, "eval")
+    assert "['plan.toml']; did you mean \"check\"?" in refused(capsys, "chekc", "plan.toml")
+
+
 @pytest.mark.parametrize("option", ["--help", "-h", "--version"])
 def test_help_and_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = command(capsys, option)
@@ -571,10 +576,26 @@ def test_a_signal_at_other_moments(
     assert files_of(folder / "out") == expected
 
 
-def test_a_closed_pipe_is_no_error(folder: Path) -> None:
+@pytest.mark.parametrize("arguments", ["schema", "check plan.toml --json", "--help"])
+def test_a_closed_pipe_is_no_error(arguments: str, folder: Path) -> None:
     """``compress schema | head -1``."""
-    shell = f"{sys.executable} -m compress schema | head -c 1; echo ${{PIPESTATUS[0]}}"
-    found = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True)
-    assert found.stdout.split("{")[-1].strip() == "0"
-    assert "Traceback" not in found.stderr
-    assert "BrokenPipe" not in found.stderr
+    found = into_closed_pipe(arguments, folder)
+    assert (found.code, found.err) == (0, "")
+
+
+@pytest.mark.parametrize("redirection", ["", "2>&1"])
+def test_a_run_goes_on_when_nobody_reads_it(redirection: str, folder: Path, expected: dict[str, bytes]) -> None:
+    """``compress plan.toml | head -1``: its result is the directory."""
+    assert into_closed_pipe(f"plan.toml {redirection}", folder).code == 0
+    assert files_of(folder / "out") == expected
+
+
+def test_an_error_that_nobody_reads_keeps_its_exit_code(folder: Path) -> None:
+    assert into_closed_pipe("plna.toml 2>&1", folder).code == 2
+
+
+def into_closed_pipe(arguments: str, folder: Path) -> Result:
+    """Run the command with a reader of its output that is gone."""
+    shell = f"({sys.executable} -m compress {arguments}; echo $? >code) | true"
+    found = subprocess.run(["bash", "-c", shell], cwd=folder, capture_output=True, text=True)
+    return Result(int((folder / "code").read_text()), found.stdout, found.stderr)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import compress
 from compress.checking import explain
+from compress.cli import main
 from compress.compiling import compile_plan
 from compress.errors import PlanError, RunError
 from tests.conftest import files_of, tiny_directory
@@ -185,6 +186,70 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, mine: Any, use: str, messa
         planned(tmp_path, f'[[pass]]\nuse = "{use}"\n')
 
 
+@pytest.mark.parametrize(
+    ("text", "use", "problem", "fix"),
+    [
+        (
+            "",
+            "BrainSurgoen",
+            'has no class "BrainSurgoen"; did you mean "BrainSurgeon"?',
+            "BrainSurgeon, Scale, Careless",
+        ),
+        (
+            "import torch\ntorch.NORM",
+            "Scale",
+            "AttributeError: module 'torch' has no attribute 'NORM' (",
+            "correct theirs",
+        ),
+        ("NORM = {}\nNORM['x']", "Scale", "KeyError: 'x' (", "correct theirs"),
+        ("class Scale(", "Scale", "SyntaxError: '(' was never closed (theirs.py, line 1)", "correct theirs"),
+        ("import no_such_package", "Scale", "ModuleNotFoundError: No module named 'no_such_package' (", "install"),
+    ],
+)
+def test_what_is_wrong_with_its_module(text: str, use: str, problem: str, fix: str, tmp_path: Path, mine: Any) -> None:
+    (tmp_path / "site" / "theirs.py").write_text(text or MODULE)
+    with pytest.raises(PlanError) as failure:
+        planned(tmp_path, f'[[pass]]\nuse = "theirs:{use}"\n')
+    sys.modules.pop("theirs", None)
+    assert problem in failure.value.problem
+    assert fix in str(failure.value.fix)
+    if problem.endswith(" ("):
+        assert f"theirs.py:{text.count(chr(10)) + 1})" in failure.value.problem
+
+
 def test_its_keys_are_checked_like_any_others(tmp_path: Path, mine: Any) -> None:
     with pytest.raises(PlanError, match='unknown key "dampin"; did you mean "damping"'):
         planned(tmp_path, '[[pass]]\nuse = "my_module:BrainSurgeon"\nsparsity = 0.5\ndampin = 1\n')
+
+
+BROKEN = {
+    "linear": ("apply", 'raise ValueError("no [b]idea[/b]")', "ValueError: no [b]idea[/b]"),
+    "result": ("apply", "linear.weight = 3", "AttributeError: 'int' object has no attribute"),
+    "check": ("check_shape", "raise KeyError(3)", "KeyError: 3"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_error_that_it_did_not_foresee_fails_the_run(
+    case: str, tmp_path: Path, mine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 would mean that a gate failed."""
+    method, text, says = BROKEN[case]
+    exec(f"def {method}(self, linear, _):\n    {text}", space := {})
+    monkeypatch.setattr(mine.Scale, method, space[method])
+    planned(tmp_path, '[[pass]]\nuse = "my_module:Scale"\n')
+    assert main([str(tmp_path / "plan.toml")]) == 3
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):")
+    assert f"\nerror: my_module:Scale on model.layers.0.self_attn.q_proj: {says}" in shown
+    assert "\nfix: correct the pass, then run the same command again" in shown
+
+
+def test_an_error_that_compress_did_not_foresee(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("compress.schema.json_schema", lambda: {}["x"])
+    assert main(["schema"]) == 3
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "\nerror: KeyError: 'x'\nfix: this is a mistake in compress: report it" in shown

@@ -55,6 +55,26 @@ def test_an_impossible_memory_is_refused(model: Path) -> None:
     assert sorted(p.name for p in model.parent.iterdir()) == ["model", "text.txt"]
 
 
+@pytest.mark.parametrize(
+    ("phase", "fix"),
+    [
+        ("blocks", "calibrate on fewer or shorter samples"),
+        ("self-calibration", "calibrate on a text instead"),
+        ("training", "give the pass a smaller batch_size"),
+        ("verification", "allow more memory"),
+        ("evaluation", "leave evaluate.perplexity out"),
+        ("tasks", "leave evaluate.tasks and the gate out"),
+    ],
+)
+def test_the_largest_phase_says_what_makes_it_smaller(
+    phase: str, fix: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.estimate.memory", lambda *_: {"embedding": 1, phase: 20 << 20})
+    with pytest.raises(PlanError, match=rf"needs 20.00 MiB \({phase}\)") as caught:
+        choose_mode(lock_of(model, memory="10MiB"))
+    assert str(caught.value.fix).endswith(fix) or f", or {fix}" in str(caught.value.fix)
+
+
 @pytest.mark.parametrize("refresh", ["block", "subset"])
 def test_the_fastest_mode_that_fits_is_chosen(model: Path, refresh: str) -> None:
     """Pausing serves only statistics that are collected subset by subset."""

@@ -33,6 +33,8 @@ def but(old: str, new: str) -> str:
     return PLAN.replace(old, new)
 
 
+PERP = '[[pass]]\nuse = "perp"\ntrain = "norms"\n'
+LQLORA = '[[pass]]\nuse = "lqlora"\nbudget = 4\nchoices_bits = 4\n'
 # name: (plan, "line: key" as the message has it, what is wrong, the fix)
 WRONG: dict[str, tuple[str, str, str, str]] = {
     "misspelt table": (
@@ -69,8 +71,8 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "text for a table": (
         'calibration = "text.txt"\n' + but('[calibration]\nsource = "text.txt"\nsamples = 2\nlength = 16\n', ""),
         "1: calibration",
-        "dictionary",
-        "",
+        "must be a table, not 'text.txt'",
+        "write [calibration]",
     ),
     "one pass, not a list": (but("[[pass]]", "[pass]"), "11: pass", "must be a list of tables", "[[pass]]"),
     "pass is a list of text": (
@@ -178,6 +180,35 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     ),
     "unknown format": (PLAN + '[[export]]\nformat = "gguf"\n', "15: export[0].format", "'huggingface'", ""),
     "two formats": (PLAN + "[[export]]\n[[export]]\n", "14: export", "one format", "[[export]]"),
+    "one export": (
+        PLAN + '[export]\nformat = "gptq"\n',
+        "14: export",
+        "list of tables, not a table",
+        "write [[export]]",
+    ),
+    "a format": (
+        but("[model]", 'export = ["gptq"]\n[model]'),
+        "1: export[0]",
+        "a table, not 'gptq'",
+        "write [[export]]",
+    ),
+    "list of evaluate": (PLAN + "[[evaluate]]\n", "14: evaluate", "must be a table, not a list", "write [evaluate]"),
+    "one where": (
+        PLAN + '[pass.where]\nmatch = "*"\n',
+        "14: pass[0].where",
+        "list of tables, not a table",
+        "[[pass.where]]",
+    ),
+    "a where": (PLAN + 'where = "*"\n', "14: pass[0].where", "list of tables, not '*'", "write [[pass.where]]"),
+    "no list of words": (PLAN + PERP, "16: pass[1].train", "must be a list, not 'norms'", 'write train = ["norms"]'),
+    "no list of numbers": (PLAN + LQLORA, "17: pass[1].choices_bits", "a list, not 4", "write choices_bits = [4]"),
+    "no list in a where": (
+        PLAN + '[[pass]]\nuse = "perp"\n[[pass.where]]\nmatch = "*"\ntrain = "norms"\n',
+        "18: pass[1].where[0].train",
+        "must be a list, not 'norms'",
+        'write train = ["norms"]',
+    ),
+    "no list of patterns": (PLAN + "match = 3\n", "14: pass[0].match", "must be a list, not 3", "glob patterns"),
     "no model": (but('"model"', '"modle"'), "2: model.path", 'did you mean "model"?', "a hub id"),
     "model is a file": (but('"model"', '"text.txt"'), "2: model.path", '"text.txt" is a file', "config.json"),
     "no table": (but('[model]\npath = "model"\n', ""), "model", '"model" is missing', "[model]"),

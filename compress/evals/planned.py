@@ -33,23 +33,37 @@ def check_tasks(plan: Plan) -> None:
     """Refuse tasks and a gate that could not be carried out, as far as that is known without loading a task.
 
     Raises:
-        PlanError: lm-eval is not installed, a task or its file is not there, or the gate has nothing to judge or a
-            baseline that is not to be compared with.
+        PlanError: lm-eval is not installed; a task, its file or the folder of task files is not there; or the gate has
+            nothing to judge or a baseline that is not to be compared with.
     """
     tasks = plan.evaluate.tasks if plan.evaluate else ()
     gate = plan.gate
     if not tasks and not gate:
         return
-    from compress.evals.harness import need_harness
-    from compress.evals.specs import read_specs
+    from compress.evals.harness import need_harness, quiet
+    from compress.evals.specs import check_names, read_specs
 
     need_harness()
-    read_specs(tasks, plan.folder, plan.source.where(("evaluate", "tasks")))
+    where = plan.source.where(("evaluate", "tasks"))
+    specs = read_specs(tasks, plan.folder, where)
+    with quiet():
+        check_names(specs, _include_path(plan), where)
     if gate and gate.baseline:
         _baseline(plan, gate.baseline)
     elif gate and not tasks:
         fix = 'give tasks = [...] in [evaluate], or baseline = "FILE" here'
         raise PlanError("the gate has nothing to judge", where=plan.source.where(("gate",)), fix=fix)
+
+
+def _include_path(plan: Plan) -> Path | None:
+    """The folder of the user's own task files. Raises PlanError where it is not there."""
+    if not plan.evaluate or not plan.evaluate.include_path:
+        return None
+    path = plan.folder / plan.evaluate.include_path
+    if not path.is_dir():
+        where = plan.source.where(("evaluate", "include_path"))
+        raise PlanError(f'no such folder "{path}"', where=where, fix="give the folder of your task files")
+    return path
 
 
 def _baseline(plan: Plan, name: str) -> Outcomes:

@@ -31,7 +31,7 @@ from compress.calibration.moments import Moments, Statistics
 from compress.errors import SettingError as SettingError
 from compress.errors import nearest
 from compress.grid import GridSpec
-from compress.settings import Settings
+from compress.settings import Settings, wrong_shape
 from compress.state import LinearState, Pattern
 
 if TYPE_CHECKING:
@@ -135,10 +135,13 @@ class Pass(Settings):
             except ValidationError as error:  # the location is that of the table, not of the pass
                 first = error.errors()[0]
                 cause = first.get("ctx", {}).get("error")
-                field = type(self).model_fields.get(str(first["loc"][-1])) if first["loc"] else None
-                described = f"{first['loc'][-1]} is {field.description}" if field and field.description else None
-                fix = cause.fix if isinstance(cause, SettingError) else described or "correct the value"
+                name = str(first["loc"][-1]) if first["loc"] else ""
+                field = type(self).model_fields.get(name)
+                fix = f"{name} is {field.description}" if field and field.description else "correct the value"
+                fix = cause.fix if isinstance(cause, SettingError) else fix
                 problem = str(cause) if cause else f"{first['msg']}, not {first['input']!r}"
+                shape = wrong_shape(first["type"], first["input"], field.annotation, name) if field else None
+                problem, fix = (shape[0], shape[1] or fix) if shape else (problem, fix)
                 raise SettingError(problem, fix, ("where", index, *first["loc"])) from None
         return self
 

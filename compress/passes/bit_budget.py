@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 
 from compress.errors import RunError
+from compress.passes.base import SettingError
 
 # Branch and bound ends after so many nodes with the best found by then: a number of nodes, not of seconds, so that the
 # same plan gives the same bytes.
@@ -54,3 +58,15 @@ def allocate(errors: list[list[float]], costs: list[list[int]], limit: int) -> l
             return chosen
         allowed -= excess / max(room, 1)  # within the solver's tolerance is not within the budget
     raise RunError(f"the integer program was not solved: {result.message}", fix="give fewer choices_…")
+
+
+def check_budget(budget: float, costs: list[list[int]], weights: int) -> None:
+    """Raise SettingError when even the cheapest configurations are too many bits."""
+    least = sum(map(min, costs))
+    if least > Fraction(str(budget)) * weights:
+        smallest = math.ceil(Fraction(10_000 * least, weights)) / 10_000
+        raise SettingError(
+            f"no configuration meets budget = {budget:g}: the cheapest takes {least / weights:.4f} bits per weight",
+            f"budget = {smallest} or more, a lower rank, or smaller choices_…",
+            ("budget",),
+        )

@@ -35,15 +35,18 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from compress.checkpoint import DTYPES
 from compress.errors import PlanError, RunError
 from compress.grid import Grid, GridSpec, ScaleCodes, ScaleSpec, normal_float
 from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Survey
-from compress.passes.bit_budget import allocate
+from compress.passes.bit_budget import allocate, check_budget
 from compress.passes.eora import balanced, left_singular
 from compress.state import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from compress.lock import Lock
 
 CHOSEN = ("bits", "group_size", "scale_bits")  # what a survey decides; and the rank, where there are several
 
@@ -212,25 +215,41 @@ class LQLoRA(LinearPass):
         """A budget is for the whole model."""
         return self.budget is not None
 
-    def survey(self, linears: Survey) -> dict[str, dict[str, Any]]:
-        """The configuration of each linear under the budget."""
-        assert self.budget is not None
+    def _configurations(self) -> tuple[list[dict[str, int]], list[LQLoRA]]:
+        """What a budget chooses from: the settings, and the pass with each."""
         keys = (*CHOSEN, "rank")
         grid = product(
             self.choices_bits, self.choices_group, self.choices_scale_bits, self.choices_rank or (self.rank,)
         )
-        configurations = [dict(zip(keys, values, strict=True)) for values in grid]
-        trials = [
-            self.with_settings({"budget": None, **one, "iterations": self.survey_iterations}) for one in configurations
+        found = [dict(zip(keys, values, strict=True)) for values in grid]
+        return found, [
+            self.with_settings({"budget": None, **one, "iterations": self.survey_iterations}) for one in found
         ]
+
+    def check_lock(self, lock: Lock, index: int) -> None:
+        """Some configuration must meet the budget: what it costs is known from the shapes."""
+        if self.budget is None or lock.spread:  # widths that the run finds: `survey` checks
+            return
+        _, trials = self._configurations()
+        mine = [linear for linear in lock.linears if index in dict(linear.passes)]
+        costs = [_costs(trials, lin.out_features, lin.in_features, DTYPES[lin.dtype])[1] for lin in mine]
+        check_budget(self.budget, costs, sum(linear.weights for linear in mine))
+
+    def survey(self, linears: Survey) -> dict[str, dict[str, Any]]:
+        """The configuration of each linear under the budget."""
+        assert self.budget is not None
+        configurations, trials = self._configurations()
         names, fitting, costs, weights = [], [], [], 0
         for linear in linears():
+            some, bits = _costs(trials, linear.out_features, linear.in_features, linear.dtype)
             names.append(linear.name)
-            fitting.append([n for n, one in enumerate(trials) if linear.in_features % one.group_size == 0])
-            shape = linear.out_features, linear.in_features
-            costs.append([trials[n].storage_bits(*shape, linear.dtype) for n in fitting[-1]])
+            fitting.append(some)
+            costs.append(bits)
             weights += linear.out_features * linear.in_features
-        _check_budget(self.budget, costs, weights)  # before hours of work
+        try:
+            check_budget(self.budget, costs, weights)  # before hours of work
+        except SettingError as error:
+            raise PlanError(str(error), where="lqlora", fix=error.fix) from None
         errors = []
         for linear, some in zip(linears(), fitting, strict=True):
             starts = {r: low_rank(self.goal(linear), r, self.norm(linear)) for r in {trials[n].rank for n in some}}
@@ -413,13 +432,9 @@ def second_level(scales: Tensor, bits: int, group: int, dtype: torch.dtype) -> S
     return ScaleCodes(bits, group, codes.flatten()[: len(flat)].view_as(scales).to(torch.uint8), peaks, offset)
 
 
-def _check_budget(budget: float, costs: list[list[int]], weights: int) -> None:
-    """Raise PlanError when even the cheapest configurations are too many bits."""
-    least = sum(map(min, costs))
-    if least > Fraction(str(budget)) * weights:
-        smallest = math.ceil(Fraction(10_000 * least, weights)) / 10_000
-        raise PlanError(
-            f"no configuration meets budget = {budget:g}: the cheapest takes {least / weights:.4f} bits per weight",
-            where="lqlora",
-            fix=f"budget = {smallest} or more, a lower rank, or smaller choices_…",
-        )
+def _costs(
+    trials: list[LQLoRA], out_features: int, in_features: int, dtype: torch.dtype
+) -> tuple[list[int], list[int]]:
+    """The trials whose groups divide the input width, and the bits of each."""
+    fitting = [n for n, one in enumerate(trials) if in_features % one.group_size == 0]
+    return fitting, [trials[n].storage_bits(out_features, in_features, dtype) for n in fitting]

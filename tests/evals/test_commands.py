@@ -17,6 +17,8 @@ pytest.importorskip("lm_eval")
 from huggingface_hub import ModelCard
 
 from compress.evals.outcomes import Outcomes
+from compress.evals.planned import check_tasks
+from compress.plan import load_plan
 from compress.report import load_report
 from tests.conftest import LETTERS, some_text, write_tokenizer
 from tests.test_cli import PLAN, command, refused
@@ -234,6 +236,11 @@ def test_a_plan_whose_gate_fails_has_written_its_output(folder: Path, capsys: py
     [
         ('[evaluate]\ntasks = "minimal_pairs:gone.jsonl"\n', "gone.jsonl: no such file"),
         ('[evaluate]\ntasks = ["minimal_pair:pairs.jsonl"]\n', "plan.toml:15: evaluate.tasks: unknown form of task"),
+        ('[evaluate]\ntasks = "hellaswga"\n', 'evaluate.tasks: unknown task "hellaswga"; did you mean "hellaswag"?'),
+        (
+            '[evaluate]\ntasks = "arc_easy"\ninclude_path = "gone"\n',
+            "plan.toml:16: evaluate.include_path: no such folder",
+        ),
         ("[gate]\nmargin = 0.1\n", "plan.toml:14: gate: the gate has nothing to judge"),
         ('[gate]\nbaseline = "gone.json"\n', "plan.toml:15: gate.baseline: "),
         ("[gate]\nmargin = 0\n", "plan.toml:15: gate.margin"),
@@ -248,3 +255,12 @@ def test_plans_that_are_refused_before_a_weight_is_read(
     for arguments in (["plan.toml"], ["check", "plan.toml"]):
         assert says in refused(capsys, *arguments)
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "mmlu", "ai2_arc", "own"])
+def test_names_of_tasks_that_are_known(name: str, folder: Path) -> None:
+    """A task, a group and a tag of lm-eval, and a task in a folder of the user's: none is loaded for the check."""
+    Path("mine").mkdir()
+    Path("mine/own.yaml").write_text("task: own\n")
+    Path("plan.toml").write_text(PLAN + f'[evaluate]\ntasks = ["{name}"]\ninclude_path = "mine"\n')
+    check_tasks(load_plan("plan.toml"))

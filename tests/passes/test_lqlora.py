@@ -731,16 +731,18 @@ def test_the_lock_shows_what_counts() -> None:
 # ---------------------------------------------------------------- whole runs
 
 
-def run(*passes: Any, output: str = "out", form: str = "huggingface") -> compress.Report:
-    return compress.run(
-        compress.Plan(
-            model=compress.Model(path="model"),
-            calibration=compress.Calibration(source="text.txt", samples=4, length=16),
-            run=compress.Run(output=output),
-            exports=[compress.Export(format=form)],
-            passes=list(passes),
-        )
+def planned(*passes: Any, output: str = "out", form: str = "huggingface") -> compress.Plan:
+    return compress.Plan(
+        model=compress.Model(path="model"),
+        calibration=compress.Calibration(source="text.txt", samples=4, length=16),
+        run=compress.Run(output=output),
+        exports=[compress.Export(format=form)],
+        passes=list(passes),
     )
+
+
+def run(*passes: Any, output: str = "out", form: str = "huggingface") -> compress.Report:
+    return compress.run(planned(*passes, output=output, form=form))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -804,9 +806,16 @@ def test_nothing_may_quantize_before_it_or_move_weights_after_it(folder: Path) -
         run(LQLoRA(rank=1, group_size=16), RTN(group_size=16))
 
 
-def test_a_budget_that_nothing_meets_ends_the_run_without_a_trace(folder: Path) -> None:
-    with pytest.raises(PlanError, match="no configuration meets budget = 1"):
-        run(LQLoRA(rank=1, budget=1, choices_group=(16,)))
+def test_a_budget_that_nothing_meets_is_refused_by_the_lock(folder: Path) -> None:
+    impossible = LQLoRA(rank=1, budget=1, choices_group=(16,))
+    with pytest.raises(PlanError, match=r"pass\[0\]\.budget: no configuration meets budget = 1") as failure:
+        compile_plan(planned(impossible))
+    (smallest,) = re.findall(r"budget = ([0-9.]+) or more", str(failure.value))
+    compile_plan(planned(LQLoRA(rank=1, budget=float(smallest), choices_group=(16,))))
+    with pytest.raises(PlanError, match="no configuration meets budget"):
+        compile_plan(planned(LQLoRA(rank=1, budget=float(smallest) - 1e-4, choices_group=(16,))))
+    with pytest.raises(PlanError, match="no configuration meets budget"):
+        run(impossible)
     assert not (folder / "out").exists()
     assert not (folder / ".out.compress").exists()
 
