@@ -112,6 +112,8 @@ def explain(plan: Path, layer: str, /, *, device: str = "auto", dtype: str = "au
         return
     rows_columns = " × ".join(map(str, found["shape"]))
     print_line(f"{found['name']}  {rows_columns}  {found['dtype']}  block {found['block']}")
+    if found["undecided"]:
+        print_line(f"{' and '.join(found['undecided'])} as before structured pruning: not known before the run")
     print_line(f"inputs shared with {', '.join(found['inputs_shared_with'])}")
     for one in found["passes"]:
         skipped = f"  skipped: {one['skipped']}" if "skipped" in one else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -24,7 +23,6 @@ from tests.kernels.test_pack import grid_of, two_of_four
 
 if torch.cuda.is_available():
     pytest.skip("kernels run: see test_cuda.py", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # as in test_product.py
 pytest.importorskip("triton")
 from compress.kernels import bench
 from tests.kernels import emulated

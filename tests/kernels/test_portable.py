@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +16,6 @@ from compress.kernels.pack import Layout
 
 if torch.cuda.is_available():
     pytest.skip("kernels run: see test_cuda.py", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # as in test_product.py
 pytest.importorskip("triton")
 from compress.kernels import bench, multiply_portable
 from tests.kernels.test_product import KINDS, two_of_four, weight_of

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 if torch.cuda.is_available():
     pytest.skip("kernels run: see test_cuda.py", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = (
-    "1"  # read when a kernel is defined, also Triton's own: in this process they are interpreted
-)
 pytest.importorskip("triton")
 from compress.kernels import multiply
 from tests.kernels import emulated
