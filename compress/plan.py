@@ -11,6 +11,7 @@ import os
 import pkgutil
 import re
 import tomllib
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -234,12 +235,30 @@ def find_pass(use: str) -> type[Pass]:
         )
     module, _, attribute = use.partition(":")
     try:
-        cls = getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except Exception as error:  # the module is the user's: it may raise anything
-        raise SettingError(f'cannot import pass "{use}": {error}', "install the package, or set PYTHONPATH") from error
+        at = _raised_at(error)
+        fix = (
+            f"correct {module}" if at or isinstance(error, SyntaxError) else 'write use = "my_package.my_module:MyPass"'
+        )
+        fix = "install the package, or set PYTHONPATH" if isinstance(error, ModuleNotFoundError) else fix
+        reason = f"{type(error).__name__}: {error}{at}"
+        raise SettingError(f'cannot import pass "{use}": {reason}', fix) from error
+    cls = getattr(found, attribute, None)
+    if cls is None:
+        own = [name for name, one in vars(found).items() if isinstance(one, type) and issubclass(one, Pass)]
+        own = [name for name in own if vars(found)[name].__module__ == module]
+        problem = f'cannot import pass "{use}": {module} has no class "{attribute}"{nearest(attribute, own)}'
+        raise SettingError(problem, f"its passes are {', '.join(own)}" if own else "derive one from LinearPass there")
     if not (isinstance(cls, type) and issubclass(cls, Pass)) or bool(getattr(cls, "__abstractmethods__", None)):
         raise SettingError(f'"{use}" is not a pass', "derive the class from compress.passes.LinearPass")
     return cls
+
+
+def _raised_at(error: Exception) -> str:
+    """The line of the user's module at which its import failed; a SyntaxError says it itself."""
+    frames = [one for one in traceback.extract_tb(error.__traceback__)[1:] if "importlib" not in one.filename]
+    return f" ({frames[0].filename}:{frames[0].lineno})" if frames else ""
 
 
 def pass_from_table(table: Any) -> Pass:

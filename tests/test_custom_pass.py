@@ -186,6 +186,37 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, mine: Any, use: str, messa
         planned(tmp_path, f'[[pass]]\nuse = "{use}"\n')
 
 
+@pytest.mark.parametrize(
+    ("text", "use", "problem", "fix"),
+    [
+        (
+            "",
+            "BrainSurgoen",
+            'has no class "BrainSurgoen"; did you mean "BrainSurgeon"?',
+            "BrainSurgeon, Scale, Careless",
+        ),
+        (
+            "import torch\ntorch.NORM",
+            "Scale",
+            "AttributeError: module 'torch' has no attribute 'NORM' (",
+            "correct theirs",
+        ),
+        ("NORM = {}\nNORM['x']", "Scale", "KeyError: 'x' (", "correct theirs"),
+        ("class Scale(", "Scale", "SyntaxError: '(' was never closed (theirs.py, line 1)", "correct theirs"),
+        ("import no_such_package", "Scale", "ModuleNotFoundError: No module named 'no_such_package' (", "install"),
+    ],
+)
+def test_what_is_wrong_with_its_module(text: str, use: str, problem: str, fix: str, tmp_path: Path, mine: Any) -> None:
+    (tmp_path / "site" / "theirs.py").write_text(text or MODULE)
+    with pytest.raises(PlanError) as failure:
+        planned(tmp_path, f'[[pass]]\nuse = "theirs:{use}"\n')
+    sys.modules.pop("theirs", None)
+    assert problem in failure.value.problem
+    assert fix in str(failure.value.fix)
+    if problem.endswith(" ("):
+        assert f"theirs.py:{text.count(chr(10)) + 1})" in failure.value.problem
+
+
 def test_its_keys_are_checked_like_any_others(tmp_path: Path, mine: Any) -> None:
     with pytest.raises(PlanError, match='unknown key "dampin"; did you mean "damping"'):
         planned(tmp_path, '[[pass]]\nuse = "my_module:BrainSurgeon"\nsparsity = 0.5\ndampin = 1\n')
