@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from compress.architecture import Architecture
     from compress.checkpoint import Checkpoint
     from compress.kernels.pack import Layout
 
@@ -101,13 +102,27 @@ def explain(
     chosen = _dtype(dtype, config, checkpoint)
     layouts = _layouts(checkpoint)
     if layer not in layouts:
-        fix = f"layers are named like {next(iter(layouts))}" if layouts else "all of its weights are plain ones"
-        raise PlanError(f'no packed linear "{layer}"{nearest(layer, layouts)}', where=str(folder), fix=fix)
+        raise _not_packed(layer, layouts, checkpoint, architecture_for(config.model_type), str(folder))
     choice = choose(layouts[layer], where, chosen)
     scheme = write_scheme(layouts[layer], [layer])
     stored = {key: scheme[key] for key in ("shape", "dtype", "sparsity", "grid", "rank")}
     run = {"device": str(where), "runs_in": str(chosen).removeprefix("torch.")}
     return {"name": layer, **stored, **run, "kernel": choice.kernel.name, "why": choice.why}
+
+
+def _not_packed(
+    layer: str, layouts: dict[str, Layout], checkpoint: Checkpoint, architecture: Architecture, where: str
+) -> PlanError:
+    """What is wrong with the name of a layer that no kernel is chosen for."""
+    ends = ("lm_head.weight", *(f".{one}.weight" for one in architecture.linears))
+    named = [*layouts, *(name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(ends))]
+    if layer not in named:
+        fix = f"layers are named like {named[0]}" if named else "give a model"
+        return PlanError(f'no linear "{layer}"{nearest(layer, named)}', where=where, fix=fix)
+    like = f"packed ones are named like {next(iter(layouts))}" if layouts else "the directory has no packed ones"
+    return PlanError(
+        f'"{layer}" is no packed linear: it has plain weights', where=where, fix=f"give a packed one; {like}"
+    )
 
 
 def check_device(device: str | torch.device, where: str) -> torch.device:

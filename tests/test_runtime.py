@@ -329,6 +329,20 @@ def test_explain_says_which_kernel_and_why(made: Path, capsys: pytest.CaptureFix
     assert f'did you mean "{NAME}"' in capsys.readouterr().err
 
 
+def test_explain_knows_which_layers_are_there(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plain linear is there, a misspelt one is not; also where all are plain."""
+    plain = wide_directory(tmp_path / "model", "llama")
+    assert main(["explain", str(plain), NAME]) == 2
+    message = capsys.readouterr().err
+    assert f'"{NAME}" is no packed linear: it has plain weights' in message
+    assert "the directory has no packed ones" in message
+    for directory in (made, plain):
+        assert main(["explain", str(directory), "model.layers.0.self_attn.q"]) == 2
+        message = capsys.readouterr().err
+        assert f'no linear "model.layers.0.self_attn.q"; did you mean "{NAME}"?' in message
+        assert "layers are named like model." in message
+
+
 ORDERS = {
     "compress first": "import compress; assert not {'torch', 'transformers'} & sys.modules.keys(); import transformers",
     "transformers first": "import transformers, transformers.quantizers.auto; import compress",
