@@ -225,8 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
         _carry_out(arguments)
     except CycloptsError as error:
         word = next(iter(sys.argv[1:] if arguments is None else arguments), "")
-        hint = "" if Path(word).suffix else nearest(word, COMMANDS)
-        errors.print(f"error: {error}{hint}", style="red", highlight=False, markup=False, soft_wrap=True)
+        hint = "" if Path(word).suffix or word in COMMANDS else nearest(word, COMMANDS)
+        errors.print(
+            f"error: {str(error).rstrip('.')}{hint}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         errors.print("fix: see compress --help", highlight=False, markup=False)
         return 2
     except GateFailed:

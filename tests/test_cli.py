@@ -129,6 +129,11 @@ def test_a_wrong_command_line_is_one_message(
     assert left_behind(folder) == []
 
 
+def test_only_a_word_that_is_no_command_is_guessed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "requires an argument\nfix" in refused(capsys, "eval")
+    assert "['plan.toml']; did you mean \"check\"?" in refused(capsys, "chekc", "plan.toml")
+
+
 @pytest.mark.parametrize("option", ["--help", "-h", "--version"])
 def test_help_and_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = command(capsys, option)
