@@ -70,17 +70,17 @@ def show_tasks(
 def print_tasks(lines: tuple[TaskLine, ...], groups: dict[str, dict[str, float | None]], console: Console) -> None:
     """Figures with their 95 % intervals."""
     compared = any(metric.dense for line in lines for metric in line.metrics)
-    table = _table("", *(["dense"] if compared else []), "value", "95 %")
-    blank = [""] * (3 if compared else 2)
+    rows: dict[str, list[tuple[str, ...]]] = {}
     for line in lines:
-        table.add_row(Text(f"{line.task} ({line.samples:,})"), *blank)
         for one in line.metrics:
             before = [_value(one.dense) if one.dense else "-"] if compared else []
-            table.add_row(Text(f"  {one.metric}"), *before, _value(one.compressed), _interval(one.compressed))
+            figures = (*before, _value(one.compressed), _interval(one.compressed))
+            rows.setdefault(f"{line.task} ({line.samples:,})", []).append((one.metric, *figures))
     for name, metrics in groups.items():
         for metric, value in metrics.items():
-            table.add_row(Text(f"group {name}, {metric}"), *blank[2:], figure(value, "not finite"), "-")
-    console.print(table)
+            blank = [""] if compared else []
+            rows.setdefault(f"group {name}", []).append((metric, *blank, figure(value, "not finite"), "-"))
+    _print_rows(("", *(["dense"] if compared else []), "value", "95 %"), rows, console)
     for line in lines:
         for warning in warnings_of(line):
             console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
@@ -93,12 +93,27 @@ def print_tasks(lines: tuple[TaskLine, ...], groups: dict[str, dict[str, float |
             )
 
 
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(first, overflow="fold", min_width=14)
-    for heading in others:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+def _print_rows(headings: tuple[str, ...], rows: dict[str, list[tuple[str, ...]]], console: Console) -> None:
+    """Rows below the names of their tasks, which have lines of their own: a column would break them inside a word."""
+    cells = [headings, *(row for some in rows.values() for row in some)]
+    widths = [max(len(row[column]) for row in cells) for column in range(1, len(headings))]
+    room = console.width - sum(width + 2 for width in widths)
+    first = max(12, min(room - 2, max(len(row[0]) for row in cells)))
+
+    def show(name: str, figures: tuple[str, ...]) -> None:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(overflow="fold", min_width=first + 2)
+        for _ in widths:
+            table.add_column(justify="right", no_wrap=True)
+        padded = [figure.rjust(width) for figure, width in zip(figures, widths, strict=True)]
+        table.add_row(Text(f"  {name}"), *map(Text, padded))
+        console.print(table)
+
+    show("", headings[1:])
+    for task, some in rows.items():
+        console.print(Text(task, overflow="fold"))  # a name is no markup
+        for name, *figures in some:
+            show(name, tuple(figures))
 
 
 def warnings_of(line: TaskLine) -> list[str]:
@@ -255,13 +270,10 @@ def write_gate(result: GateResult, folder: Path) -> None:
 
 def print_gate(result: GateResult, console: Console) -> None:
     """The comparisons as a table, and the verdict."""
-    table = _table("", "verdict", "loss", "at most", "margin", "baseline", "value")
-    for task in dict.fromkeys(one.task for one in result.comparisons):
-        table.add_row(Text(task), *[""] * 6)  # a name is no markup
-        for one in result.comparisons:
-            if one.task == task:
-                table.add_row(Text(f"  {one.metric}"), one.verdict or "-", *cells(one))
-    console.print(table)
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for one in result.comparisons:
+        rows.setdefault(one.task, []).append((one.metric, one.verdict or "-", *cells(one)))
+    _print_rows(("", "verdict", "loss", "at most", "margin", "baseline", "value"), rows, console)
     for line in remarks(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     style = {"pass": "green", "fail": "red", "inconclusive": "yellow"}[result.verdict]

@@ -185,3 +185,14 @@ def test_the_terminal(width: int) -> None:
         assert " ".join(shown.split()) in " ".join(text.split())
     table = [line for line in text.splitlines() if "0.0231" in line or "2.31 %" in line]
     assert all(len(line) <= width for line in table)
+
+
+def test_the_terminal_breaks_no_name_that_a_line_holds() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    named = [compared(task="minimal_pairs:agreement"), compared(task="minimal_pairs:agreement", metric="perplexity")]
+    print_gate(gated(*named, compared(task="b", metric="acc_norm")), console)
+    heading, *shown = console.file.getvalue().splitlines()[:6]  # type: ignore[attr-defined]
+    assert [line for line in shown if not line.startswith(" ")] == ["minimal_pairs:agreement", "b"]
+    rows = [line for line in shown if line.startswith(" ")]
+    assert [line.split()[0] for line in rows] == ["acc", "perplexity", "acc_norm"]
+    assert {line.index("inconclusive") for line in rows} == {heading.index("verdict") - 5}
