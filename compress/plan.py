@@ -237,9 +237,12 @@ def find_pass(use: str) -> type[Pass]:
     try:
         found = importlib.import_module(module)
     except Exception as error:  # the module is the user's: it may raise anything
-        missing = isinstance(error, ModuleNotFoundError)
-        fix = "install the package, or set PYTHONPATH" if missing else f"correct {module or 'use'}"
-        reason = f"{type(error).__name__}: {error}{_raised_at(error)}"
+        at = _raised_at(error)
+        fix = (
+            f"correct {module}" if at or isinstance(error, SyntaxError) else 'write use = "my_package.my_module:MyPass"'
+        )
+        fix = "install the package, or set PYTHONPATH" if isinstance(error, ModuleNotFoundError) else fix
+        reason = f"{type(error).__name__}: {error}{at}"
         raise SettingError(f'cannot import pass "{use}": {reason}', fix) from error
     cls = getattr(found, attribute, None)
     if cls is None:
