@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from compress.evals.results import Divergence
     from compress.report import Report
 
+PRUNED = ("pattern", "sparsity", "count")  # settings of passes that make a mask
+SMALLER = ("width", "depth", "loraprune")  # passes that leave a smaller model
+
 
 def write_card(report: Report, directory: Path | str, base_model: str, license: str | None) -> None:
     """Write README.md into `directory`, whose config.json says what was emitted.
@@ -47,7 +50,7 @@ def _public_report(report: Report) -> Report:
 def _metadata(report: Report, base_model: str, license: str | None) -> ModelCardData:
     """The YAML header; the hub refuses a base model that is no hub id, so that a local one is left out."""
     quantized = any(step.settings.get("bits") or step.settings.get("choices_bits") for step in report.passes)
-    pruned = any(step.settings.get("pattern") or step.settings.get("sparsity") for step in report.passes)
+    pruned = any(step.use in SMALLER or any(map(step.settings.get, PRUNED)) for step in report.passes)
     kinds = ["pruning"] * pruned + ["quantization"] * quantized
     methods = [step.use for step in report.passes if step.use.isidentifier()]  # not my_package.my_pass:MyPass
     on_hub = _is_hub_id(base_model)

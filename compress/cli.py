@@ -17,7 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from compress import __version__
 from compress.cli_measure import GateFailed, Json, Output, baseline, evaluate, gate, out, print_json, print_line
-from compress.errors import CompressError, RunError, nearest
+from compress.errors import CompressError, PlanError, RunError, nearest
 from compress.unforeseen import unforeseen
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def run_plan(plan: Path, /, *, restart: bool = False, overwrite: bool = False) -
     from compress.progress import Progress
     from compress.report import print_summary
 
+    if not plan.suffix and not plan.exists() and (hint := nearest(plan.name, COMMANDS)):
+        raise PlanError(f"no such plan or command{hint}", where=str(plan), fix="see compress --help")
     loaded = load_plan(plan)
     report = run(loaded, progress=None if _follows() else Progress(out), restart=restart, overwrite=overwrite)
     if _follows():

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from compress.card import write_card
-from compress.passes import LQLoRA
+from compress.passes import DepthPruning, LoRAPrune, LQLoRA, Magnitude, Pass, WidthPruning
 from compress.report import Report
 
 if TYPE_CHECKING:
@@ -104,6 +104,17 @@ def test_the_header_is_what_the_hub_reads(tmp_path: Path) -> None:
     assert data.pipeline_tag == "text-generation"
     assert data.tags == ["compress", "pruning", "sparsegpt"]
     assert "base_model_relation" not in data.to_dict()
+
+
+@pytest.mark.parametrize(
+    "one",
+    [WidthPruning(channels=0.25), DepthPruning(blocks=1), LoRAPrune(channels=0.5), Magnitude(count=3, scope="layer")],
+    ids=lambda one: one.use(),
+)
+def test_every_way_to_prune_is_pruning(one: Pass, tmp_path: Path) -> None:
+    step = made_up().passes[0].model_copy(update={"use": one.use(), "settings": one.settings()})
+    card(tmp_path, made_up(passes=(step,)))
+    assert ModelCard.load(tmp_path / "README.md").data.tags == ["compress", "pruning", one.use()]
 
 
 def test_a_quantized_model_says_so(tmp_path: Path) -> None:

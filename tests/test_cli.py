@@ -120,6 +120,7 @@ def left_behind(folder: Path) -> list[str]:
         (["report", "model"], "report.json"),
         (["explain", "plan.toml", "model.layers.0.mlp.down_porj"], f'did you mean "{LAYER}"?'),
         (["plna.toml"], 'no such plan; did you mean "plan.toml"?'),
+        (["evl"], 'no such plan or command; did you mean "eval"?'),
     ],
 )
 def test_a_wrong_command_line_is_one_message(
