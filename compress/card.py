@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.evals.results import Divergence
     from compress.report import Report
 
-PRUNED = ("pattern", "sparsity", "count")  # settings of passes that make a mask
+PRUNED = ("pattern", "sparsity")  # settings of passes that make a mask
 SMALLER = ("width", "depth", "loraprune")  # passes that leave a smaller model
 
 

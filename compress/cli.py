@@ -56,7 +56,7 @@ def run_plan(plan: Path, /, *, restart: bool = False, overwrite: bool = False) -
     from compress.progress import Progress
     from compress.report import print_summary
 
-    if not plan.suffix and not plan.exists() and (hint := nearest(plan.name, COMMANDS)):
+    if not plan.suffix and (hint := nearest(plan.name, COMMANDS)) and not plan.exists():
         raise PlanError(f"no such plan or command{hint}", where=str(plan), fix="see compress --help")
     loaded = load_plan(plan)
     report = run(loaded, progress=None if _follows() else Progress(out), restart=restart, overwrite=overwrite)

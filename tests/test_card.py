@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from compress.card import write_card
-from compress.passes import DepthPruning, LoRAPrune, LQLoRA, Magnitude, Pass, WidthPruning
+from compress.passes import DepthPruning, LoRAPrune, LQLoRA, Pass, WidthPruning
 from compress.report import Report
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def test_the_header_is_what_the_hub_reads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "one",
-    [WidthPruning(channels=0.25), DepthPruning(blocks=1), LoRAPrune(channels=0.5), Magnitude(count=3, scope="layer")],
+    [WidthPruning(channels=0.25), DepthPruning(blocks=1), LoRAPrune(channels=0.5)],
     ids=lambda one: one.use(),
 )
 def test_every_way_to_prune_is_pruning(one: Pass, tmp_path: Path) -> None:
