@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from compress.evals.results import Divergence
-    from compress.report import Report
+    from compress.report import PassSummary, Report
 
 PRUNED = ("pattern", "sparsity")  # settings of passes that make a mask
 SMALLER = ("width", "depth", "loraprune")  # passes that leave a smaller model
@@ -118,8 +118,7 @@ def _body(report: Report, base_model: str, config: dict[str, Any]) -> str:
 def _method(report: Report) -> str:
     steps = [
         f"{number}. {_code(described(step))} on {step.linears:,} linear layers: "
-        f"{percent(step.sparsity)} pruned after it"
-        + (f", mean relative output error {figure(step.relative_error)}" if step.relative_error is not None else "")
+        f"{percent(step.sparsity)} pruned after it" + (f", {_error(step)}" if step.relative_error is not None else "")
         for number, step in enumerate(report.passes, start=1)
     ]
     text = "## Method\n\n" + ("\n".join(steps) or "No pass changed the weights.")
@@ -130,6 +129,12 @@ def _method(report: Report) -> str:
             f"{source.length:,} tokens each ({source.tokens:,} tokens in all)."
         )
     return text
+
+
+def _error(step: PassSummary) -> str:
+    """Passes that have no inputs at hand compare weights."""
+    of = "weights" if step.error_kind == "weight" else "output"
+    return f"mean relative error of the {of} {figure(step.relative_error)}"
 
 
 def _results(report: Report) -> str:

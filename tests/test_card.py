@@ -117,6 +117,12 @@ def test_every_way_to_prune_is_pruning(one: Pass, tmp_path: Path) -> None:
     assert ModelCard.load(tmp_path / "README.md").data.tags == ["compress", "pruning", one.use()]
 
 
+@pytest.mark.parametrize(("kind", "of"), [("gram", "output"), ("diagonal", "output"), ("weight", "weights")])
+def test_an_error_is_of_what_was_compared(kind: str, of: str, tmp_path: Path) -> None:
+    step = made_up().passes[0].model_copy(update={"relative_error": 0.25, "error_kind": kind})
+    assert f"mean relative error of the {of} 0.25" in card(tmp_path, made_up(passes=(step,)))
+
+
 def test_a_quantized_model_says_so(tmp_path: Path) -> None:
     step = made_up().passes[0].model_copy(update={"use": "gptq", "settings": {"bits": 4, "group_size": 128}})
     text = card(tmp_path, made_up(passes=(step,)))
