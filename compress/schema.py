@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from compress.passes.base import Pass
-from compress.plan import Plan, key_names, pass_classes
+from compress.plan import Plan
+from compress.plan_passes import key_names, pass_classes
 
 
 def json_schema() -> dict[str, Any]:

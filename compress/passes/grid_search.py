@@ -13,6 +13,9 @@ elsewhere. The scales of a row minimize
     (w − Σ_g s_g c_g) H (w − Σ_g s_g c_g)ᵀ,  so  A s = b  with  A_gh = c_g H c_hᵀ,  b_g = w H c_gᵀ;
 
 for one group per row ``s = (w H cᵀ) / (c H cᵀ)``.
+
+Grids of NormalFloat, which have no zero-point to choose, get theirs from `least_error`, and codes for the scales from
+`second_level` (`lqlora`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from compress.grid import Grid, GridSpec
+from compress.grid import Grid, GridSpec, ScaleCodes, normal_float
 from compress.state import SLICE
 
 if TYPE_CHECKING:
@@ -162,3 +165,52 @@ def _range(low: Tensor, high: Tensor, spec: GridSpec, dtype: torch.dtype) -> tup
     if spec.symmetric:
         return scale, torch.full_like(scale, spec.middle)
     return scale, (-low / scale).round_().clamp_(0, spec.largest)
+
+
+# Ranges that `least_error` begins with, as parts of the largest magnitude. With a least-squares step after each they do
+# what those of `SHRINK` do without (docs/lab-log.md).
+FEW = (1.0, 0.8, 0.6)
+
+
+def least_error(groups: Tensor, largest: Tensor, spec: GridSpec, importance: Tensor | None) -> Tensor:
+    """Scales (out, groups) that leave little ``Σ F (w − ŵ)²`` in each group, never more than the largest magnitude.
+
+    For given codes of values v the best scale is ``Σ F w v / Σ F v²``; the codes are found for a few ranges.
+
+    Args:
+        groups: (out, groups, columns) the weights.
+        largest: (out, groups) their largest magnitudes.
+        spec: the grid.
+        importance: like `groups`, F; None weighs all alike.
+    """
+    table, none = normal_float(spec.bits).to(groups.device), groups.new_zeros(())
+    best, least = largest.clone(), torch.full_like(largest, torch.inf)
+    F = torch.ones_like(none) if importance is None else importance
+    for factor in FEW:
+        scale = factor * largest
+        for step in range(2):
+            divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+            values = table[spec.code(groups, divisor, none).long()]
+            error = (values * divisor).sub_(groups).square_().mul_(F).sum(-1)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+            if step == 0:
+                weighted = F * values
+                fitted = (weighted * groups).sum(-1) / (weighted * values).sum(-1)
+                scale = torch.where((fitted > 0) & torch.isfinite(fitted), fitted, scale)
+    return best
+
+
+def second_level(scales: Tensor, bits: int, group: int, dtype: torch.dtype) -> ScaleCodes:
+    """Scales (out, groups) as codes above the smallest of them, with a peak in `dtype` per `group` of scales.
+
+    A group without any weight has no scale of its own and takes the smallest, so none comes back as 0.
+    """
+    flat = scales.flatten()
+    live = flat[flat > 0]
+    offset = live.min() if len(live) else torch.ones_like(flat[0])
+    above = (flat - offset).clamp_min_(0.0)
+    above = torch.nn.functional.pad(above, (0, -len(above) % group)).view(-1, group)  # (peaks, group)
+    peaks = above.amax(1).clamp_max_(torch.finfo(dtype).max).to(dtype)
+    steps = peaks.float() / ((1 << bits) - 1)
+    codes = (above / torch.where(steps > 0, steps, 1.0).unsqueeze(1)).round_().clamp_(0, (1 << bits) - 1)
+    return ScaleCodes(bits, group, codes.flatten()[: len(flat)].view_as(scales).to(torch.uint8), peaks, offset)

@@ -37,10 +37,11 @@ from torch import Tensor
 
 from compress.checkpoint import DTYPES
 from compress.errors import PlanError, RunError
-from compress.grid import Grid, GridSpec, ScaleCodes, ScaleSpec, normal_float
+from compress.grid import Grid, GridSpec, ScaleSpec
 from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Survey
 from compress.passes.bit_budget import allocate, check_budget
 from compress.passes.eora import balanced, left_singular
+from compress.passes.grid_search import least_error, second_level
 from compress.state import LowRank
 
 if TYPE_CHECKING:
@@ -381,55 +382,6 @@ def _subspace(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     inside = basis.T @ matrix
     left, _ = left_singular(inside, None, rank)
     return basis @ left.to(basis), left.to(basis).T @ inside
-
-
-# Ranges that clip = "mse" begins with, as parts of the largest magnitude. With a least-squares step after each they do
-# what the 36 of `grid_search` do without (docs/lab-log.md).
-SHRINK = (1.0, 0.8, 0.6)
-
-
-def least_error(groups: Tensor, largest: Tensor, spec: GridSpec, importance: Tensor | None) -> Tensor:
-    """Scales (out, groups) that leave little ``Σ F (w − ŵ)²`` in each group, never more than the largest magnitude.
-
-    For given codes of values v the best scale is ``Σ F w v / Σ F v²``; the codes are found for a few ranges.
-
-    Args:
-        groups: (out, groups, columns) the weights.
-        largest: (out, groups) their largest magnitudes.
-        spec: the grid.
-        importance: like `groups`, F; None weighs all alike.
-    """
-    table, none = normal_float(spec.bits).to(groups.device), groups.new_zeros(())
-    best, least = largest.clone(), torch.full_like(largest, torch.inf)
-    F = torch.ones_like(none) if importance is None else importance
-    for factor in SHRINK:
-        scale = factor * largest
-        for step in range(2):
-            divisor = torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
-            values = table[spec.code(groups, divisor, none).long()]
-            error = (values * divisor).sub_(groups).square_().mul_(F).sum(-1)
-            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-            if step == 0:
-                weighted = F * values
-                fitted = (weighted * groups).sum(-1) / (weighted * values).sum(-1)
-                scale = torch.where((fitted > 0) & torch.isfinite(fitted), fitted, scale)
-    return best
-
-
-def second_level(scales: Tensor, bits: int, group: int, dtype: torch.dtype) -> ScaleCodes:
-    """Scales (out, groups) as codes above the smallest of them, with a peak in `dtype` per `group` of scales.
-
-    A group without any weight has no scale of its own and takes the smallest, so none comes back as 0.
-    """
-    flat = scales.flatten()
-    live = flat[flat > 0]
-    offset = live.min() if len(live) else torch.ones_like(flat[0])
-    above = (flat - offset).clamp_min_(0.0)
-    above = torch.nn.functional.pad(above, (0, -len(above) % group)).view(-1, group)  # (peaks, group)
-    peaks = above.amax(1).clamp_max_(torch.finfo(dtype).max).to(dtype)
-    steps = peaks.float() / ((1 << bits) - 1)
-    codes = (above / torch.where(steps > 0, steps, 1.0).unsqueeze(1)).round_().clamp_(0, (1 << bits) - 1)
-    return ScaleCodes(bits, group, codes.flatten()[: len(flat)].view_as(scales).to(torch.uint8), peaks, offset)
 
 
 def _costs(

@@ -26,7 +26,8 @@ from compress.invariants import check_invariants
 from compress.passes import RTN, LinearState, Magnitude, Wanda
 from compress.passes.base import Invariant
 from compress.passes.bit_budget import allocate
-from compress.passes.lqlora import EXACT, LQLoRA, Norm, decompose, least_error, low_rank, second_level
+from compress.passes.grid_search import least_error, second_level
+from compress.passes.lqlora import EXACT, LQLoRA, Norm, decompose, low_rank
 from compress.state import LowRank
 from tests.conftest import tiny_directory
 from tests.passes import NOTHING, draw, state_of
