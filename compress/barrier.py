@@ -21,11 +21,12 @@ from compress.checkpoint import Shard, lay_out, slots_of, write_shard
 from compress.distributed import World, whole
 from compress.errors import CompressError, RunError
 from compress.invariants import check_invariants
+from compress.ledger import NOTHING, ledger_line, relative_error
 from compress.memory import peak_memory
 from compress.passes.base import ModelPass, SettingError
 from compress.report import BlockLine, LedgerLine
 from compress.state import LinearState, kept_of
-from compress.sweep import NOTHING, Sweep, relative_error
+from compress.sweep import Sweep
 from compress.training import Training
 from compress.training_store import TrainingStore
 
@@ -319,8 +320,8 @@ class Barrier:
             for key in kept_of(linear.name, artifact):
                 del artifact[key]
             artifact |= {key: value.cpu() for key, value in state.tensors().items()}
-            sweep, error = Sweep(self.run, self.number), errors[linear.name]
-            ledger.append(sweep.line_of(linear, self.index, self.one, state, error, notes, share))
+            note, error = notes.get(linear.name, {}), errors[linear.name]
+            ledger.append(ledger_line(self.number, self.index, self.one, linear, state, NOTHING, error, note, share))
         prefix = self.lock.skeleton.prefix(block)
         for name, value in changed.items():
             if name.startswith(prefix):

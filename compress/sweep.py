@@ -1,6 +1,6 @@
 """One walk over the decoder blocks: the passes that share it, invariants after each, the journal after every block.
 
-Read `Sweep.carry_out`, then `_block` and `_compress`.
+Read `Sweep.carry_out`, then `block` and `_compress`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from compress.distributed import Job, assign
 from compress.errors import CompressError
 from compress.flows import Flows
 from compress.invariants import check_invariants
+from compress.ledger import ledger_line, pruned, relative_error
 from compress.memory import peak_memory, trim
-from compress.passes.base import BlockPass, BlockState, Note, Pass, SettingError
+from compress.passes.base import BlockPass, BlockState, Pass, SettingError
 from compress.reconstruct import BlockForward
 from compress.redo import mend
 from compress.report import BlockLine, LedgerLine
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from compress.pipeline import Execution
 
 Surveyed = dict[int, dict[str, dict[str, Any]]]  # settings that surveys found, by pass and linear
-
-
-NOTHING = Moments(0, Statistics.NONE)  # of a pass over the whole model
 
 
 class Sweep:
@@ -249,8 +247,11 @@ class Sweep:
         for name, linear in linears.items():
             state, moments = states[name], block.moments[name]
             check_invariants(linear, number, state, masks[name])
-            before, error = errors[name], relative_error(moments, state)
-            lines.append(self._line(linear, number, one, state, moments, before, error, notes.get(name, {}), seconds))
+            lines.append(
+                ledger_line(
+                    self.number, number, one, linear, state, moments, errors[name], notes.get(name, {}), seconds
+                )
+            )
             self._keep(state, artifact)
             self._write_back(module, linear, state)
         for name, value in block.parameters.items():
@@ -277,58 +278,11 @@ class Sweep:
                 problem.where = problem.where or f"{one.use()} on {linear.name}"
                 raise
             check_invariants(linear, index, state, mask, one)
-            before, error = error, relative_error(moments, state)
             seconds = time.perf_counter() - began
-            lines.append(self._line(linear, index, one, state, moments, before, error, note, seconds))
+            lines.append(ledger_line(self.number, index, one, linear, state, moments, error, note, seconds))
+            error = lines[-1].error_after or 0.0
         state.settle()
         return lines
-
-    def _line(
-        self,
-        linear: Linear,
-        index: int,
-        one: Pass,
-        state: LinearState,
-        moments: Moments,
-        before: float,
-        after: float,
-        note: Note,
-        seconds: float,
-    ) -> LedgerLine:
-        return LedgerLine(
-            sweep=self.number,
-            block=linear.block,
-            linear=linear.name,
-            pass_index=index,
-            use=one.use(),
-            out_features=linear.out_features,
-            in_features=linear.in_features,
-            sparsity=state.sparsity,
-            bits=None if state.grid is None else state.grid.spec.bits,
-            error_before=before,
-            error_after=after,
-            error_kind=("weight", "diagonal", "gram")[moments.statistics],
-            tokens=moments.tokens,
-            damping=note.get("damping"),
-            dead_columns=note.get("dead_columns", 0),
-            fallback=note.get("fallback"),
-            detail=note.get("detail"),
-            seconds=seconds,
-        )
-
-    def line_of(
-        self,
-        linear: Linear,
-        index: int,
-        one: Pass,
-        state: LinearState,
-        before: float,
-        notes: dict[str, Note],
-        seconds: float,
-    ) -> LedgerLine:
-        """The ledger line of a pass that has no moments; `before`: the error of the weight until then."""
-        error = relative_error(NOTHING, state)
-        return self._line(linear, index, one, state, NOTHING, before, error, notes.get(linear.name, {}), seconds)
 
     def _keep(self, state: LinearState, artifact: dict[str, Tensor]) -> None:
         """Put the state of a linear in the place of what the artifact had of it."""
@@ -405,14 +359,7 @@ class Sweep:
         for line in ledger:
             errors.setdefault(line.use, []).append(line.error_after or 0.0)
         means = {use: fmean(values) for use, values in errors.items()}
-        self.run.progress.block(index, self.lock.blocks, means, _pruned(ledger), seconds)
-
-
-def _pruned(ledger: list[LedgerLine]) -> float:
-    """The share of the weights of a block's linears that is pruned after the last of its passes."""
-    last = {line.linear: line for line in ledger}.values()
-    sizes = [line.out_features * line.in_features for line in last]
-    return sum(line.sparsity * size for line, size in zip(last, sizes, strict=True)) / max(1, sum(sizes))
+        self.run.progress.block(index, self.lock.blocks, means, pruned(ledger), seconds)
 
 
 def _quantizer(linear: Linear, after: int) -> Pass | None:
@@ -422,14 +369,3 @@ def _quantizer(linear: Linear, after: int) -> Pass | None:
 
 def _surveys(lock: Lock, linear: Linear, sweep: int, index: int) -> bool:
     return any(i == index and p.surveys() for i, p in lock.linear_passes(linear, sweep))
-
-
-def relative_error(moments: Moments, state: LinearState) -> float:
-    """‖(W − Ŵ) X‖² / ‖W X‖² by the moments at hand, ‖W − Ŵ‖² / ‖W‖² without any."""
-    if state.weight is state.dense and state.low_rank is None:
-        return 0.0
-    return _size(moments, state.dense - state.effective()) / max(_size(moments, state.dense), 1e-30)
-
-
-def _size(moments: Moments, matrix: Tensor) -> float:
-    return moments.error(matrix) if moments.tokens else float(matrix.square().sum())
