@@ -70,8 +70,8 @@ class PlanFile(Target):
         if b":" in text.replace(b"2:4", b""):  # use = "module:Class" runs that module: the plan is code there
             return parse_plan(text.decode(errors="replace").replace(":", "_"), self.folder / "plan.toml")
         plan = load_plan(Path("plan.toml"))
-        if plan.model.path != self.tables["model"]["path"]:  # which may be anywhere: the plan is trusted in that
-            return plan
+        if (plan.model.path, plan.run.output) != (self.tables["model"]["path"], self.tables["run"]["output"]):
+            return plan  # both may be anywhere: the plan is trusted in that
         return check_plan(plan)
 
 
