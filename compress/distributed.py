@@ -78,30 +78,32 @@ class World:
     def hear(self) -> int | None:
         """What the first process announces. Raises RunError when it is gone."""
         heard: list[Any] = [None]
-        with self._listening("the first process"):
+        with self._listening(who="the first process"):
             torch.distributed.broadcast_object_list(heard, src=0, group=self._messages)
         barrier: int | None = heard[0]
         return barrier
 
     @contextmanager
-    def _listening(self, who: str = "another process") -> Iterator[None]:
-        """Name what torch.distributed only hints at. Raises RunError when one that is waited for is gone."""
+    def _listening(
+        self, tells: Callable[[RuntimeError], bool] = lambda _: True, who: str = "another process"
+    ) -> Iterator[None]:
+        """Name what torch.distributed only hints at. Raises RunError when one that is waited for is gone.
+
+        `tells`: whether an error is of that.
+        """
         try:
             yield
         except RuntimeError as error:
+            if self.size == 1 or not tells(error):
+                raise
             fix = "see its message; the same command resumes the run"
             raise RunError(f"{who} of the run ended", where=f"process {self.rank}", fix=fix) from error
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """The same where others are waited for out of sight, as in the forward and backward of what is sharded."""
-        try:
+        with self._listening(lambda error: isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             yield
-        except RuntimeError as error:
-            if self.size == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-                raise
-            with self._listening():
-                raise
 
     def portion(self, count: int) -> slice:
         """This process's part of `count` batches: consecutive, and as many as any other's but for one."""

@@ -325,7 +325,7 @@ def _training_state(lock: Lock, index: int) -> int:
     for linear in lock.linears:
         if index in dict(linear.passes):
             blocks[linear.block] += one.learned(linear)
-    if isinstance(one, PERP) and not one.barrier():
+    if not one.barrier():
         return 2 * 16 * (max(blocks) + _beside(lock, one))
     refitted = _refitting(lock, one)[0] + 4 * sum(linear.weights for linear in _refitted(lock, one))
     return 16 * (sum(blocks) + _beside(lock, one)) + refitted

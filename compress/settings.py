@@ -45,9 +45,8 @@ def wrong_shape(kind: str, given: Any, annotation: Any, place: str) -> tuple[str
         key = place.rpartition(".")[2]
         return f"must be a list, not {shown}", f"write {key} = [{json.dumps(given)}]" if fits else None
     if kind in ("model_type", "dict_type", "model_attributes_type"):
-        return f"must be a table, not {shown}", f"write [[{place}]]" if get_origin(
-            annotation
-        ) is tuple else f"write [{place}]"
+        several = get_origin(annotation) is tuple
+        return f"must be a table, not {shown}", f"write [[{place}]]" if several else f"write [{place}]"
     return None
 
 

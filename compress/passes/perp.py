@@ -105,7 +105,7 @@ class PERP(Training, BlockPass, ModelPass):
     def learned(self, linear: Linear) -> int:
         """Its weights, or the factors of a branch, whose rank may be of a pass before."""
         if self.form == "weights":
-            return linear.weights
+            return super().learned(linear)
         rank = max(self.rank, linear.rank) if self.form != "fixed" else 0
         return rank * (linear.out_features + linear.in_features)
 
