@@ -21,6 +21,7 @@ import random
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,8 +230,12 @@ def task_hash(task: Any) -> str:
 
 
 def documents_hash(task: Any, limit: int | None) -> str:
+    """SHA-256 over what is asked, and over what the examples of the prompts are drawn from."""
     digest = hashlib.sha256()
-    for _, doc in task.doc_iterator(limit=limit):
+    asked = (doc for _, doc in task.doc_iterator(limit=limit))
+    with quiet():
+        shown = task.fewshot_docs() if task.get_config("num_fewshot") else ()
+    for doc in chain(asked, [None], shown):
         digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

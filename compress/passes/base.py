@@ -320,7 +320,13 @@ class ModelPass(Pass):
 
 
 class PruningPass(LinearPass):
-    """Fields and rules common to passes that choose a mask: `sparsity` or `pattern`, exactly one of them."""
+    """Fields and rules common to passes that choose a mask: `sparsity` or `pattern`, exactly one of them.
+
+    Attributes:
+        amounts: the fields that say how much to prune, of which one is given.
+    """
+
+    amounts: ClassVar[tuple[str, ...]] = ("sparsity", "pattern")
 
     sparsity: float | None = Field(default=None, ge=0, lt=1, description="fraction of weights to prune, in [0, 1)")
     pattern: PatternSetting | None = Field(default=None, description='N:M, N weights kept of every M, as in "2:4"')
@@ -332,17 +338,17 @@ class PruningPass(LinearPass):
 
     @model_validator(mode="after")
     def _one_target(self) -> PruningPass:
-        if (self.sparsity is None) == (self.pattern is None):
-            problem = "sparsity and pattern exclude each other" if self.pattern else "neither sparsity nor pattern"
+        given = [name for name in self.amounts if getattr(self, name) is not None]
+        if len(given) != 1:
+            problem = f"{' and '.join(given)} exclude each other" if given else "neither sparsity nor pattern"
             raise SettingError(problem, 'give exactly one, such as sparsity = 0.5 or pattern = "2:4"')
         if self.pattern and "scope" in self.model_fields_set:
             raise SettingError("scope has no meaning with an N:M pattern: groups compete", "leave scope out")
         return self
 
     def _merge(self, given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-        for new, old in (("sparsity", "pattern"), ("pattern", "sparsity")):
-            if new in overrides and old not in overrides:
-                given = {key: value for key, value in given.items() if key != old}
+        if any(name in overrides for name in self.amounts):
+            given = {key: value for key, value in given.items() if key not in self.amounts}
         return given | overrides
 
     def provides(self) -> frozenset[Invariant]:

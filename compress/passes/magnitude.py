@@ -7,7 +7,7 @@ The global threshold is found exactly without holding the model: a histogram ove
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -22,17 +22,24 @@ class Magnitude(PruningPass):
     scope: Literal["row", "layer", "global"] = Field(default="layer", description="within what weights compete")
     count: int | None = Field(default=None, ge=0, description="prune exactly this many weights of each layer")
 
+    amounts: ClassVar[tuple[str, ...]] = (*PruningPass.amounts, "count")
+
     @model_validator(mode="after")
     def _scope_fits(self) -> Magnitude:
-        if self.count is not None and (self.scope != "layer" or self.pattern):
-            raise SettingError(
-                "count counts the weights of a layer", 'write scope = "layer" with count, and no pattern'
-            )
+        if self.count is not None and self.scope != "layer":
+            raise SettingError("count counts the weights of a layer", 'write scope = "layer" with count')
         if self.surveys() and any("sparsity" in t.overrides() and "scope" not in t.overrides() for t in self.where):
             raise SettingError(
                 "a global sparsity cannot differ by linear", "except those linears; prune them in a second pass"
             )
         return self
+
+    def check_shape(self, out_features: int, in_features: int) -> None:
+        """A layer must have the weights that are counted."""
+        super().check_shape(out_features, in_features)
+        if self.count is not None and self.count > out_features * in_features:
+            problem = f"a layer of {out_features} × {in_features} has fewer than {self.count} weights"
+            raise SettingError(problem, "lower the count, or except these linears")
 
     def surveys(self) -> bool:
         """A global threshold needs the whole model."""
@@ -76,13 +83,11 @@ def choose(linear: LinearState, scores: torch.Tensor, settings: PruningPass) -> 
         scores = scores.masked_fill(~linear.mask, -1.0)  # scores are never negative
     if settings.pattern is not None:
         return lowest_in_groups(scores, settings.pattern)
-    assert settings.sparsity is not None
+    if settings.sparsity is None:
+        return lowest_of_all(scores, settings.count)  # type: ignore[attr-defined]
     if getattr(settings, "scope", "row") == "row":
         return lowest(scores, pruned_count(settings.sparsity, linear.in_features))
-    count = getattr(settings, "count", None)
-    if count is None:
-        count = pruned_count(settings.sparsity, scores.numel())
-    return lowest_of_all(scores, count)
+    return lowest_of_all(scores, pruned_count(settings.sparsity, scores.numel()))
 
 
 def _bits(linear: LinearState) -> torch.Tensor:

@@ -284,6 +284,42 @@ def test_results_are_kept_until_something_changes(home: Path, tmp_path: Path, mo
     assert not again()
 
 
+def test_other_examples_in_the_prompts_are_another_result(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": f"{a} is", "answer": a} for a in "abcdefgh"]
+    write_rows(folder / "asked.jsonl", rows[:4])
+    (folder / "with_examples.yaml").write_text(
+        f"""
+task: with_examples
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {folder}/asked.jsonl, train: {folder}/shown.jsonl}}
+training_split: train
+test_split: test
+fewshot_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["a", "b", "c", "d"]
+doc_to_target: answer
+num_fewshot: 2
+metric_list: [{{metric: acc}}]
+""",
+        encoding="utf-8",
+    )
+    found = []
+    for shown in (rows[4:], rows[:3:-1], rows[2:6]):
+        write_rows(folder / "shown.jsonl", shown)
+        evaluate = Evaluate(tasks=("with_examples",), include_path=str(folder))
+        result = run_tasks(home / "model", evaluate, folder=tmp_path)
+        assert result.samples == run_tasks(home / "model", evaluate, folder=tmp_path, cache=False).samples
+        found.append(result.samples)
+    assert found[0] != found[2]
+
+
 # ------------------------------------------------------------------ divergence
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.passes import LinearState, Magnitude
+from compress.passes.base import SettingError
 from tests.passes import (
     NOTHING,
     draw,
@@ -135,8 +136,18 @@ def test_what_was_pruned_before_counts_first():
 @pytest.mark.parametrize("count", [0, 1, 17, 60])
 def test_count_prunes_exactly_so_many(count):
     weight = draw(6, 10, seed=9)
-    chosen = pruned(weight, Magnitude(sparsity=0.5, count=count))
+    chosen = pruned(weight, Magnitude(count=count))
     assert torch.equal(chosen.flatten(), first_lowest(weight.abs().flatten(), count))
+
+
+def test_a_count_stands_for_itself():
+    with pytest.raises(ValueError, match="sparsity and count exclude each other"):
+        Magnitude(sparsity=0.5, count=3)
+    with pytest.raises(ValueError, match="counts the weights of a layer"):
+        Magnitude(count=3, scope="row")
+    with pytest.raises(SettingError, match="6 × 10 has fewer than 61 weights"):
+        Magnitude(count=61).check_shape(6, 10)
+    assert Magnitude(sparsity=0.5).with_settings({"count": 3}) == Magnitude(count=3)
 
 
 # ---------------------------------------------------------------- the whole model
