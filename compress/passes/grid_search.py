@@ -99,7 +99,8 @@ def grid_of(codes: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec, dtype: t
 
 # Of the diagonal of A: above what float32 products leave of A's smallest eigenvalues, below what a scale can show.
 RIDGE = 1e-6
-SYSTEMS = 1 << 23  # entries of A in float64 that are solved at a time, 64 MiB
+SYSTEMS = 1 << 23  # entries of A in float64 that are solved at a time, 64 MiB; more with
+ROWS = 32  # of W at least, for which H is read once
 LOSS = 0.9  # of a scale, at most
 
 
@@ -122,28 +123,26 @@ def rescaled(weight: Tensor, grid: Grid, gram: Tensor, dtype: torch.dtype) -> Gr
         the grid; rows whose scales changed have a smaller ``δ H δᵀ``.
     """
     rows, groups = grid.scale.shape
-    steps = replace(grid, scale=torch.ones_like(grid.scale, dtype=torch.float32)).dequantize(torch.float32)
-
-    def by_group(product: Tensor) -> Tensor:  # (out, in) → (out, groups): sums of product · c over each group
-        return (product * steps).view(rows, groups, -1).sum(-1, dtype=torch.float64)
-
+    width = weight.shape[1] // groups
     difference = weight - grid.dequantize(dtype)
     product = difference @ gram
     before = (product * difference).sum(1, dtype=torch.float64)  # (out,)
-    slope = by_group(product)
-    systems = torch.empty(rows, groups, groups, device=weight.device)
-    width = weight.shape[1] // groups
-    for g in range(groups):
-        span = slice(g * width, (g + 1) * width)
-        systems[:, g] = by_group(steps[:, span] @ gram[span])
+    steps = replace(grid, scale=torch.ones_like(grid.scale, dtype=torch.float32)).dequantize(torch.float32)
     scale = torch.empty_like(grid.scale)
-    count = max(1, SYSTEMS // groups**2)
+    count = max(ROWS, SYSTEMS // groups**2)
     for start in range(0, rows, count):
         some = slice(start, start + count)
-        A = systems[some].double()
+        c = steps[some]
+
+        def by_group(product: Tensor, c: Tensor = c) -> Tensor:  # sums of product · c over each group
+            return (product * c).view(-1, groups, width).sum(-1, dtype=torch.float64)
+
+        slope = by_group(product[some])
+        columns = (slice(g * width, (g + 1) * width) for g in range(groups))
+        A = torch.stack([by_group(c[:, span] @ gram[span]) for span in columns], 1)
         diagonal = A.diagonal(dim1=1, dim2=2)  # a view
         diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + RIDGE), 1.0))
-        change, _ = torch.linalg.solve_ex(A, slope[some])
+        change, _ = torch.linalg.solve_ex(A, slope)
         now = grid.scale[some].double()
         part_way = torch.where(change < 0, LOSS * now / -change, 1.0).amin(1, keepdim=True).clamp_max(1.0)
         scale[some] = (now + part_way * change).to(scale.dtype)
