@@ -40,6 +40,7 @@ def check_tasks(plan: Plan) -> None:
     gate = plan.gate
     if not tasks and not gate:
         return
+    from compress.evals.commands import settings_for
     from compress.evals.harness import need_harness, quiet
     from compress.evals.specs import check_names, read_specs
 
@@ -49,7 +50,10 @@ def check_tasks(plan: Plan) -> None:
     with quiet():
         check_names(specs, _include_path(plan), where)
     if gate and gate.baseline:
-        _baseline(plan, gate.baseline)
+        same, folder = settings_for(_baseline(plan, gate.baseline)), plan.resolve(gate.baseline).parent
+        own = folder / same.include_path if same.include_path else None
+        with quiet():
+            check_names(read_specs(same.tasks, folder, where), own, plan.source.where(("gate", "baseline")))
     elif gate and not tasks:
         fix = 'give tasks = [...] in [evaluate], or baseline = "FILE" here'
         raise PlanError("the gate has nothing to judge", where=plan.source.where(("gate",)), fix=fix)

@@ -264,3 +264,16 @@ def test_names_of_tasks_that_are_known(name: str, folder: Path) -> None:
     Path("mine/own.yaml").write_text("task: own\n")
     Path("plan.toml").write_text(PLAN + f'[evaluate]\ntasks = ["{name}"]\ninclude_path = "mine"\n')
     check_tasks(load_plan("plan.toml"))
+
+
+def test_names_of_a_baselines_tasks_are_looked_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In its own folder of task files, too, which is relative to it."""
+    command(capsys, "baseline", "model", "--tasks", PAIRS, "--out", "base.json")
+    tasks = json.loads((folder / "base.json").read_text())["tasks"]
+    changed(folder / "base.json", tasks=[tasks[0] | {"spec": "own"}])
+    Path("plan.toml").write_text(PLAN + '[gate]\nbaseline = "base.json"\n')
+    assert 'unknown task "own"' in refused(capsys, "check", "plan.toml")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "own.yaml").write_text("task: own\n")
+    changed(folder / "base.json", include_path="mine")
+    check_tasks(load_plan("plan.toml"))
