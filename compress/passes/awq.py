@@ -28,7 +28,7 @@ from compress.passes.base import (
     SettingError,
     Statistics,
 )
-from compress.passes.grid_search import fit_groups, grid_of
+from compress.passes.grid_search import SHRINK, fit_groups, grid_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,11 +111,14 @@ def _usable(architecture: Architecture, config: Any) -> list[Scaling]:
 
 
 def _rounded(linear: LinearState, scale: Tensor, settings: GridSettings) -> Tensor:
-    """The scaled weight as the quantizer would round it, without the updates that it may add."""
+    """The scaled weight as the quantizer would round it, without the updates that it may add.
+
+    Where it looks for the range of least error, a quarter of the ranges is enough to compare scales.
+    """
     spec = settings.grid()
     assert spec is not None
     weight = linear.effective() * scale
-    s, z = fit_groups(weight, spec, linear.dtype)
+    s, z = fit_groups(weight, spec, linear.dtype, clip=settings.clip, shrink=SHRINK[::4])
     width = spec.width(linear.in_features)
     codes = spec.code(weight, s.repeat_interleave(width, 1), z.repeat_interleave(width, 1))
     return grid_of(codes, s, z, spec, linear.dtype).dequantize(linear.dtype)

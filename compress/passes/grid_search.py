@@ -42,6 +42,7 @@ def fit(
     *,
     clip: Literal["minmax", "mse"] = "minmax",
     importance: Tensor | None = None,
+    shrink: tuple[float, ...] = SHRINK,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero-point of each row of `weight`.
 
@@ -51,6 +52,7 @@ def fit(
         dtype: of the checkpoint; scales are rounded to the spec's dtype or else this one.
         clip: how the range is found.
         importance: (columns,) or (rows, columns), the d_j; None weighs all alike.
+        shrink: factors of the range to choose from, for least error.
 
     Returns:
         scale (rows,), positive float32 holding values of the scale's dtype, and zero (rows,) float32, whole numbers.
@@ -58,14 +60,14 @@ def fit(
     low, high = weight.amin(1).clamp_max(0.0), weight.amax(1).clamp_min(0.0)  # (rows,)
     if clip == "minmax":
         return _range(low, high, spec, dtype)
-    shrink = torch.tensor(SHRINK, dtype=weight.dtype, device=weight.device).unsqueeze(1)
+    factors = torch.tensor(shrink, dtype=weight.dtype, device=weight.device).unsqueeze(1)
     scale, zero = torch.empty_like(low), torch.empty_like(low)
     rows = max(1, SLICE // weight.shape[1])  # what fits the cache
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         some = weight[part]
         d = None if importance is None else importance if importance.ndim == 1 else importance[part]
-        scales, zeros = _range(shrink * low[part], shrink * high[part], spec, dtype)  # (ranges, rows)
+        scales, zeros = _range(factors * low[part], factors * high[part], spec, dtype)  # (ranges, rows)
         losses, count = [], max(1, SLICE // some.numel())
         for s, z in zip(*(torch.split(one.unsqueeze(2), count) for one in (scales, zeros)), strict=True):
             error = spec.code(some, s, z).sub_(z).mul_(s).sub_(some).square_()  # (some ranges, rows, columns)
@@ -82,13 +84,14 @@ def fit_groups(
     *,
     clip: Literal["minmax", "mse"] = "minmax",
     importance: Tensor | None = None,
+    shrink: tuple[float, ...] = SHRINK,
 ) -> tuple[Tensor, Tensor]:
     """`fit` for each group of each row: (out, in) → scale and zero (out, groups). `importance`: (in,) or None."""
     out, groups = weight.shape[0], spec.groups(weight.shape[1])
     if importance is not None:
         importance = importance.view(1, groups, -1).expand(out, -1, -1).reshape(out * groups, -1)
     flat = weight.reshape(out * groups, -1)
-    scale, zero = fit(flat, spec, dtype, clip=clip, importance=importance)
+    scale, zero = fit(flat, spec, dtype, clip=clip, importance=importance, shrink=shrink)
     return scale.view(out, groups), zero.view(out, groups)
 
 
