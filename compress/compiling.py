@@ -16,7 +16,8 @@ from compress.export.formats import known_formats
 from compress.export.huggingface import copied_files
 from compress.hub import config_digest, find_model, load_config
 from compress.lock import Linear, Lock, files_of
-from compress.passes.base import BlockPass, GridSettings, LinearPass, ModelPass, Pass, SettingError, matches
+from compress.passes.base import BlockPass, LinearPass, ModelPass, Pass, SettingError, matches
+from compress.passes.quantizing import GridSettings
 from compress.passes.structured import Narrowing, Structured
 from compress.rules import (
     check_calibration,

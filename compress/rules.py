@@ -17,7 +17,8 @@ from compress.checkpoint import DTYPES
 from compress.errors import PlanError, nearest
 from compress.evals.planned import check_tasks
 from compress.export.formats import Format, known_formats
-from compress.passes.base import BlockPass, Invariant, LinearPass, PruningPass, SettingError, matches
+from compress.passes.base import BlockPass, Invariant, LinearPass, SettingError, matches
+from compress.passes.pruning import PruningPass
 from compress.passes.structured import Structured
 from compress.track import check_track
 

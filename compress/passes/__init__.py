@@ -4,7 +4,6 @@ from compress.passes.awq import AWQ
 from compress.passes.base import (
     BlockPass,
     BlockState,
-    GridSettings,
     Invariant,
     LinearPass,
     LinearState,
@@ -12,8 +11,6 @@ from compress.passes.base import (
     Moments,
     Note,
     Pass,
-    PruningPass,
-    QuantizingPass,
     Statistics,
     Survey,
     Where,
@@ -26,6 +23,8 @@ from compress.passes.lqlora import LQLoRA
 from compress.passes.magnitude import Magnitude
 from compress.passes.peqa import PEQA
 from compress.passes.perp import PERP
+from compress.passes.pruning import PruningPass
+from compress.passes.quantizing import GridSettings, QuantizingPass
 from compress.passes.rtn import RTN
 from compress.passes.sparsegpt import SparseGPT
 from compress.passes.structured import Structured

@@ -21,7 +21,6 @@ from pydantic import Field
 from compress.passes.base import (
     BlockPass,
     BlockState,
-    GridSettings,
     Invariant,
     LinearState,
     Note,
@@ -29,6 +28,7 @@ from compress.passes.base import (
     Statistics,
 )
 from compress.passes.grid_search import SHRINK, fit_groups, grid_of
+from compress.passes.quantizing import GridSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,31 +12,28 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-import torch
 from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
-    PlainValidator,
     ValidationError,
-    WithJsonSchema,
-    field_validator,
     model_validator,
 )
 
 from compress.calibration.moments import Moments, Statistics
 from compress.errors import SettingError as SettingError
 from compress.errors import nearest
-from compress.grid import GridSpec
 from compress.settings import Settings, wrong_shape
-from compress.state import LinearState, Pattern
+from compress.state import LinearState
 
 if TYPE_CHECKING:
+    import torch
+
     from compress.architecture import Architecture
     from compress.barrier import WholeModel
+    from compress.grid import GridSpec
     from compress.lock import Lock
     from compress.reconstruct import BlockForward
 
@@ -72,23 +69,6 @@ def _patterns(value: Any) -> Any:
 
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
-
-
-def _pattern(value: Any) -> Pattern:
-    if isinstance(value, Pattern):
-        return value
-    try:
-        return Pattern.parse(str(value))
-    except ValueError as error:
-        raise SettingError(str(error), 'write N:M, such as pattern = "2:4"') from None
-
-
-PatternSetting = Annotated[
-    Pattern,
-    PlainValidator(_pattern),
-    PlainSerializer(str),
-    WithJsonSchema({"type": "string", "pattern": "^[0-9]+:[0-9]+$"}),
-]
 
 
 class Where(Settings):
@@ -317,110 +297,6 @@ class ModelPass(Pass):
     @abstractmethod
     def apply_model(self, model: WholeModel) -> dict[str, Note]:
         """Change the model in place; returns entries for the ledger lines of its linears."""
-
-
-class PruningPass(LinearPass):
-    """Fields and rules common to passes that choose a mask: `sparsity` or `pattern`, exactly one of them.
-
-    Attributes:
-        amounts: the fields that say how much to prune, of which one is given.
-    """
-
-    amounts: ClassVar[tuple[str, ...]] = ("sparsity", "pattern")
-
-    sparsity: float | None = Field(default=None, ge=0, lt=1, description="fraction of weights to prune, in [0, 1)")
-    pattern: PatternSetting | None = Field(default=None, description='N:M, N weights kept of every M, as in "2:4"')
-
-    establishes: ClassVar[frozenset[Invariant]] = frozenset({Invariant.MASK})
-    preserves: ClassVar[frozenset[Invariant]] = frozenset(
-        {Invariant.MASK, Invariant.PATTERN, Invariant.GRID, Invariant.SHAPES, Invariant.TIES}
-    )
-
-    @model_validator(mode="after")
-    def _one_target(self) -> PruningPass:
-        given = [name for name in self.amounts if getattr(self, name) is not None]
-        if len(given) != 1:
-            problem = f"{' and '.join(given)} exclude each other" if given else "neither sparsity nor pattern"
-            raise SettingError(problem, 'give exactly one, such as sparsity = 0.5 or pattern = "2:4"')
-        if self.pattern and "scope" in self.model_fields_set:
-            raise SettingError("scope has no meaning with an N:M pattern: groups compete", "leave scope out")
-        return self
-
-    def _merge(self, given: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-        if any(name in overrides for name in self.amounts):
-            given = {key: value for key, value in given.items() if key not in self.amounts}
-        return given | overrides
-
-    def provides(self) -> frozenset[Invariant]:
-        """A pattern too, when one is asked for."""
-        return self.establishes | ({Invariant.PATTERN} if self.pattern else frozenset())
-
-    def check_shape(self, out_features: int, in_features: int) -> None:
-        """The group of a pattern must divide the input width."""
-        if self.pattern and in_features % self.pattern.group:
-            fits = [m for m in (2, 4, 8, 16, 32) if in_features % m == 0]
-            problem = (
-                f"pattern {self.pattern} needs an input width that {self.pattern.group} divides, not {in_features}"
-            )
-            raise SettingError(
-                problem, f"choose M among {', '.join(map(str, fits)) or 'none'}, or except these linears"
-            )
-
-
-class GridSettings(Settings):
-    """Fields common to passes that put weights on a grid of integer codes."""
-
-    bits: int | None = Field(default=None, description="bits per code: 2, 3, 4 or 8")
-    group_size: int = Field(default=128, ge=-1, description="input columns per scale; -1: one scale per row")
-    symmetric: bool = Field(default=True, description="the zero-point is the middle code; else one per group")
-    clip: Literal["minmax", "mse"] = Field(default="mse", description="range of the grid: all weights, or least error")
-    scale_dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
-        default="auto", description="dtype of the stored scales; auto: the checkpoint's"
-    )
-
-    @field_validator("bits")
-    @classmethod
-    def _bits_exist(cls, value: int | None) -> int | None:
-        if value not in (None, 2, 3, 4, 8):
-            raise SettingError(f"no grid has {value} bits", "bits is 2, 3, 4 or 8")
-        return value
-
-    @field_validator("group_size")
-    @classmethod
-    def _group_exists(cls, value: int) -> int:
-        if value == 0:
-            raise SettingError("group_size is 0", "give the columns per scale, or -1 for one scale per row")
-        return value
-
-    def grid(self) -> GridSpec | None:
-        """The grid that these settings describe; None without `bits`."""
-        if self.bits is None:
-            return None
-        dtype = None if self.scale_dtype == "auto" else getattr(torch, self.scale_dtype)
-        return GridSpec(self.bits, self.group_size, self.symmetric, dtype)
-
-    def check_group(self, in_features: int) -> None:
-        """A group must divide the input width. Raises SettingError."""
-        if self.bits is not None and self.group_size > 0 and in_features % self.group_size:
-            fits = [size for size in range(in_features, 7, -1) if in_features % size == 0]
-            problem = f"group_size {self.group_size} does not divide the input width {in_features}"
-            raise SettingError(problem, f"choose among {', '.join(map(str, fits[:12]))}; or -1, one scale per row")
-
-
-class QuantizingPass(GridSettings, LinearPass):
-    """Rules common to passes that only quantize: after the mask, which they keep, and once (rule 5)."""
-
-    bits: int = Field(default=4, description="bits per code: 2, 3, 4 or 8")
-
-    rule: ClassVar[int] = 5
-    establishes: ClassVar[frozenset[Invariant]] = frozenset({Invariant.GRID})
-    preserves: ClassVar[frozenset[Invariant]] = frozenset(
-        {Invariant.MASK, Invariant.PATTERN, Invariant.SHAPES, Invariant.TIES}
-    )
-
-    def check_shape(self, out_features: int, in_features: int) -> None:
-        """The group must divide the input width."""
-        self.check_group(in_features)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.grid import Grid
-    from compress.passes.base import GridSettings
+    from compress.passes.quantizing import GridSettings
 
 
 INNER = 16  # columns, at most, whose errors are spread one by one

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from compress.passes.base import LinearState, Moments, Note, QuantizingPass, Statistics
+from compress.passes.base import LinearState, Moments, Note, Statistics
 from compress.passes.column_solver import ColumnRule, OnGrid, solve_columns
 from compress.passes.grid_search import fit_groups, rescaled
+from compress.passes.quantizing import QuantizingPass
 
 if TYPE_CHECKING:
     from torch import Tensor

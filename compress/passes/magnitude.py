@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from compress.passes.base import LinearState, Moments, Note, PruningPass, SettingError, Survey
+from compress.passes.base import LinearState, Moments, Note, SettingError, Survey
+from compress.passes.pruning import PruningPass
 from compress.state import lowest, lowest_in_groups, lowest_of_all, pruned_count
 
 

@@ -11,8 +11,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from compress.passes.base import LinearState, Moments, Note, QuantizingPass, Statistics
+from compress.passes.base import LinearState, Moments, Note, Statistics
 from compress.passes.grid_search import fit_groups, grid_of, rescaled
+from compress.passes.quantizing import QuantizingPass
 
 
 class RTN(QuantizingPass):

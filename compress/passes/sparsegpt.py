@@ -22,16 +22,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.passes.base import (
-    GridSettings,
     Invariant,
     LinearState,
     Moments,
     Note,
-    PruningPass,
     SettingError,
     Statistics,
 )
 from compress.passes.column_solver import OnGrid, solve_columns
+from compress.passes.pruning import PruningPass
+from compress.passes.quantizing import GridSettings
 from compress.state import lowest_of_all, lowest_places, pruned_count
 
 

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from compress.passes.base import LinearState, Moments, Note, PruningPass, Statistics
+from compress.passes.base import LinearState, Moments, Note, Statistics
 from compress.passes.magnitude import choose
+from compress.passes.pruning import PruningPass
 
 
 class Wanda(PruningPass):
