@@ -194,7 +194,8 @@ class Group:
     def _mask(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A unit is gone when nobody reads it."""
         if self.moments and self.real is not None:
-            self.moments.add(inputs[0].detach()[self.real.to(inputs[0].device)])
+            rows = inputs[0].detach().flatten(0, -2)  # OPT's come flat
+            self.moments.add(rows[self.real.flatten().to(rows.device)])
             self.real = None  # where blocks run again in the backward, they are not seen twice
         return (inputs[0] * self.mask.to(inputs[0].device, inputs[0].dtype), *inputs[1:])
 

@@ -35,7 +35,9 @@ SHORT: dict[str, Any] = {
     "learning_rate": 1e-3,
     "multiple": 8,
 }
-FAMILIES = [("llama", True), ("llama", False), ("qwen3", True), ("gemma2", True), ("phi3", True), ("gpt_neox", False)]
+FAMILIES = [("llama", True), ("llama", False), ("qwen3", True), ("gemma2", True), ("phi3", True)]
+FAMILIES += [("gpt_neox", False), ("opt", False), ("gpt2", False)]
+CHANNELS = {"opt": "ffn_dim", "gpt2": "n_inner"}  # where the configuration does not call them intermediate_size
 seen: list[Any] = []
 
 
@@ -113,7 +115,7 @@ def test_the_schedule(steps: int, every: int, start: float, end: float) -> None:
 def test_removed_is_masked(family: str, gqa: bool, tmp_path: Path) -> None:
     """The emitted model computes what the model computed that was masked and had its factors beside the weights."""
     tiny_directory(tmp_path / "model", family, tied=True, gqa=gqa, blocks=2)
-    heads = {} if family == "gpt_neox" else {"heads": 0.5}
+    heads = {} if family in ("gpt_neox", "opt", "gpt2") else {"heads": 0.5}
     seen.clear()
     plan = plan_of(tmp_path, Watched(channels=0.5, **heads, **SHORT))
     lock = compile_plan(plan)
@@ -125,7 +127,8 @@ def test_removed_is_masked(family: str, gqa: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
     assert lock.left is not None
-    assert model.config.intermediate_size == lock.left.channels == lock.sizes.channels // 2
+    channels = getattr(model.config, CHANNELS.get(family, "intermediate_size"))
+    assert channels == lock.left.channels == lock.sizes.channels // 2
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters == report.output.parameters
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == lock.output_bytes
