@@ -12,6 +12,7 @@ import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from compress.export.bitstream import pack, unpack, words
 from compress.export.formats import CodesFormat, selects, split_layers
@@ -127,6 +128,9 @@ class CompressedTensors(CodesFormat):
                 "input_activations": None,
                 "output_activations": None,
             }
+        ours = {linear.name for linear in lock.linears}
+        every = lock.skeleton.model.named_modules()
+        outside = [name for name, module in every if isinstance(module, nn.Linear) and name not in ours]
         dense = [linear.name for linear in lock.linears if linear.grid is None]
         return {
             "quant_method": self.method,
@@ -135,7 +139,7 @@ class CompressedTensors(CodesFormat):
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
             "config_groups": groups,
-            "ignore": [lock.skeleton.architecture.head, *dense],
+            "ignore": [*outside, *dense],
             "version": VERSION,
         }
 

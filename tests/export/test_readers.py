@@ -72,6 +72,7 @@ CASES = {
     "phi3": tiny("phi3", coarse(bits=4, **SMALL)),
     "qwen2": tiny("qwen2", Magnitude(sparsity=0.3), coarse(bits=8, **SMALL)),
     "qwen2 asymmetric": tiny("qwen2", Magnitude(sparsity=0.3), coarse(bits=4, symmetric=False, **SMALL)),
+    "opt with projections": Case([coarse(bits=4, **SMALL)], "opt", model={"ffn_dim": 64, "word_embed_proj_dim": 16}),
     "gpt2": Case([coarse(bits=4, **SMALL)], "gpt2", formats=("gptq",)),
 }
 EVERY = [(name, form) for name, case in CASES.items() for form in case.formats]
