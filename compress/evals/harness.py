@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from compress.evals.specs import Spec
     from compress.plan import Evaluate
 
-WEIGHTS_AND_WORDS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json")
 WORDS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
 
 
@@ -205,7 +205,7 @@ class Runner:
 
 def model_hash(directory: Path) -> str:
     """SHA-256 over the files that a model and its tokenizer are made of, branches beside the weights included."""
-    found = {path for pattern in (*WEIGHTS_AND_WORDS, *WORDS) for path in directory.rglob(pattern) if path.is_file()}
+    found = {path for pattern in (*WEIGHTS, *WORDS) for path in directory.rglob(pattern) if path.is_file()}
     named = sorted((path.relative_to(directory).as_posix(), file_digest(path)) for path in found)
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 

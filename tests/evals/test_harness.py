@@ -237,6 +237,11 @@ def test_the_hash_of_a_directory(home: Path, tmp_path: Path) -> None:
     assert model_hash(copied) == model_hash(home / "model")
     (copied / "README.md").write_text("not the model")
     assert model_hash(copied) == model_hash(home / "model")
+    settings = copied / "generation_config.json"  # which tasks that generate go by
+    settings.write_text(settings.read_text().replace("{", '{"repetition_penalty": 2.0,', 1))
+    assert model_hash(copied) != model_hash(home / "model")
+    shutil.copy(home / "model" / settings.name, settings)
+    assert model_hash(copied) == model_hash(home / "model")
     (copied / "adapter").mkdir()
     shutil.copy(copied / "model.safetensors", copied / "adapter" / "adapter_model.safetensors")
     assert model_hash(copied) != model_hash(home / "model")
