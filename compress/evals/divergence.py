@@ -13,17 +13,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.nn.utils.rnn import pad_sequence
 
-from compress.errors import PlanError
 from compress.evals.harness import (
     Runner,
     cache_folder,
+    check_alike,
     documents_hash,
     need_harness,
     quiet,
     seed_as_harness,
     settle,
     task_hash,
-    tokenizer_hash,
 )
 from compress.evals.perplexity import LOGITS_AT_ONCE, Scores
 from compress.evals.results import PositionLine, TokenLine
@@ -66,9 +65,7 @@ def token_lines(
     need_harness()
     device = device or torch.device("cpu")
     runners = [Runner(path, settings, device, trust_remote_code=trust_remote_code) for path in (directory, dense)]
-    if len({tokenizer_hash(runner.tokenizer) for runner in runners}) > 1:
-        fix = "copy the tokenizer of the dense model"
-        raise PlanError("its tokenizer differs from the dense model's", where=str(directory), fix=fix)
+    check_alike(runners[0].tokenizer, runners[1].tokenizer, directory)
     include = folder / settings.include_path if settings.include_path else None
     found: dict[str, TokenLine] = {}
     pair: Any = None

@@ -221,6 +221,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
 
 
+def check_alike(tokenizer: Any, dense: Any, directory: Path) -> None:
+    """Raises PlanError where the tokenizers of a model in `directory` and of the dense one differ."""
+    if tokenizer_hash(tokenizer) != tokenizer_hash(dense):
+        fix = "copy the tokenizer of the dense model"
+        raise PlanError("its tokenizer differs from the dense model's", where=str(directory), fix=fix)
+
+
 def task_hash(task: Any) -> str:
     """SHA-256 over a task's configuration: prompts, targets, filters, metrics, number of examples; not its files."""
     config = task.dump_config()

@@ -25,6 +25,7 @@ from compress.calibration.sources import whole_text
 from compress.calibration.tokenizer import load_tokenizer
 from compress.calibration.tokens import eval_stream
 from compress.errors import PlanError
+from compress.evals.harness import check_alike
 from compress.evals.results import Divergence
 from compress.export.reader import open_model
 from compress.flows import Activations
@@ -61,13 +62,16 @@ def evaluate(
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        PlanError: a text is missing or shorter than one window.
+        PlanError: a text is missing or shorter than one window, or the two models do not read the same tokens.
     """
     device = device or torch.device("cpu")
     with torch.no_grad():
         models = [_open(directory, device, trust_remote_code=trust_remote_code)]
         models += [_open(dense, device, trust_remote_code=trust_remote_code)] if dense else []
         tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        if dense:
+            check_alike(tokenizer, load_tokenizer(dense, trust_remote_code=trust_remote_code), directory)
+            _check_vocabularies(models[0], models[1], directory)
         return tuple(_one_text(text, models, tokenizer, settings, folder, keep=keep) for text in settings.perplexity)
 
 
@@ -75,6 +79,18 @@ def _open(directory: Path, device: torch.device, *, trust_remote_code: bool) -> 
     config, checkpoint = open_model(directory, trust_remote_code=trust_remote_code)
     skeleton = Skeleton(checkpoint, config, architecture_for(config.model_type), trust_remote_code=trust_remote_code)
     return skeleton.to(device, torch.float32)
+
+
+def _vocabulary(skeleton: Skeleton) -> int:
+    return int(skeleton.model.get_input_embeddings().num_embeddings)
+
+
+def _check_vocabularies(model: Skeleton, dense: Skeleton, directory: Path) -> None:
+    """Raises PlanError where two models do not tell the probabilities of the same tokens."""
+    size, wanted = _vocabulary(model), _vocabulary(dense)
+    if size != wanted:
+        problem = f"its vocabulary has {size:,} tokens, the dense model's {wanted:,}"
+        raise PlanError(problem, where=str(directory), fix="give the model that it came from")
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,11 @@ def _one_text(
         raise PlanError(f"stride {stride} skips tokens of window {window}", fix=f"stride = {window} or less")
     content = whole_text(located(text, folder), default_split="test")
     ids, lengths = eval_stream(content, tokenizer, settings.special_tokens)
+    vocabulary = _vocabulary(models[0])
+    if len(ids) and int(ids.max()) >= vocabulary:
+        problem = f"the tokenizer makes token {int(ids.max())}, but the model has {vocabulary}"
+        fix = "tokenizer and model do not belong together; copy both again"
+        raise PlanError(problem, where=str(tokenizer.name_or_path), fix=fix)
     windows = Windows.cut(ids, lengths, window, stride, settings.windows, text)
     scores = _score(models, windows, keep=keep)
     return EvaluationLine(
@@ -205,8 +226,7 @@ def _score(models: list[Skeleton], windows: Windows, *, keep: bool) -> Scores:
         hidden = [last_hidden(m, windows.ids, path, keep=keep) for m, path in zip(models, folders, strict=True)]
         first = 0
         # No longer than a window: the skeleton gives the states positions, and learned ones end with the context.
-        vocabulary = models[0].model.get_input_embeddings().num_embeddings
-        chunk = max(1, min(windows.ids.shape[1], LOGITS_AT_ONCE // vocabulary))
+        chunk = max(1, min(windows.ids.shape[1], LOGITS_AT_ONCE // _vocabulary(models[0])))
         with models[0].loaded(models[0].head), models[-1].loaded(models[-1].head):
             for batch, shape in enumerate(hidden[0].shapes):
                 span = slice(first, first + shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -159,6 +160,21 @@ def test_a_model_does_not_diverge_from_itself(tmp_path: Path, text: Path, family
         "top1_agreement": 1.0,
         "rms_delta_p": 0.0,
     }
+
+
+def test_a_dense_model_that_reads_other_tokens_is_refused(tmp_path: Path, text: Path) -> None:
+    model, settings = tiny_directory(tmp_path / "model", "llama"), Evaluate(perplexity=str(text), window=32)
+    other = shutil.copytree(model, tmp_path / "other")
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"a"', '"z "').replace('"b"', '"a"').replace('"z "', '"b"'))
+    with pytest.raises(PlanError, match="its tokenizer differs from the dense model's"):
+        evaluate(model, settings, dense=other)
+    larger = tiny_directory(tmp_path / "larger", "llama", vocab_size=80)
+    with pytest.raises(PlanError, match="its vocabulary has 64 tokens, the dense model's 80"):
+        evaluate(model, settings, dense=larger)
+    tokenizer.write_text((model / "tokenizer.json").read_text().replace('"a": ', '"a": 9'))
+    with pytest.raises(PlanError, match=r"the tokenizer makes token 9\d+, but the model has 64"):
+        evaluate(other, settings)
 
 
 # --- bits per byte ----------------------------------------------------------------------------------------------------
