@@ -64,7 +64,10 @@ def compare(
     notes = _differences(found, baseline)
     for task in found.tasks:
         pairs = pair(task.name, found.samples[task.name], baseline.samples[task.name], name)
-        comparisons += _task(task, pairs, settings)
+        own = _task(task, pairs, settings)
+        comparisons += own
+        if all(one.margin is None for one in own):
+            notes.append(f"{task.name}: none of its metrics is judged")
         broken = not_finite(found.samples[task.name])
         ties = sum(_newly_tied(both) for both in pairs)
         if ties:

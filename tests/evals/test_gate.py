@@ -269,6 +269,13 @@ def test_a_metric_that_no_task_has() -> None:
         gate(same, same, metrics=("acc_nrom",))
 
 
+def test_a_task_that_is_not_judged_is_named() -> None:
+    texts = [sample(0, loglikelihood=-3.0, size=4)]
+    both = outcomes(t=rights(True), texts=texts)
+    assert gate(both, both).notes == ()
+    assert gate(both, both, metrics=("acc",)).notes == ("texts: none of its metrics is judged",)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
