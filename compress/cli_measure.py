@@ -156,8 +156,8 @@ def baseline(
     cache
         Whether results of tasks are kept and used again.
     """
-    from compress.evals.commands import print_tasks, settings_of, write_baseline
-    from compress.evals.lines import task_lines
+    from compress.evals.commands import print_tasks, settings_of, warn, write_baseline
+    from compress.evals.lines import task_lines, unheeded
 
     if not directory.is_dir():
         raise PlanError("no such directory", where=str(directory), fix="give a model")
@@ -165,6 +165,7 @@ def baseline(
     settings = settings_of(tasks=tasks, include_path=include_path, **options)
     found = write_baseline(directory, settings, out_, device_of(device), cache=cache, console=out)
     print_tasks(task_lines(found), found.groups, out)
+    warn(unheeded(found), out)
     print_line(f"baseline {out_}")
 
 

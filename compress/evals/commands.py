@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 def settings_of(**options: Any) -> Evaluate:
     """`[evaluate]` from the options of a command. Raises PlanError for one that cannot be."""
     given = {key: value for key, value in options.items() if value is not None}
-    given["tasks"] = tuple(name for text in given.get("tasks", ()) for name in text.split(",") if name)
+    texts = given.get("tasks", ())
+    given["tasks"] = tuple(name for text in texts for name in text.split(",") if name)
+    if texts and not given["tasks"]:
+        raise PlanError("--tasks names no task", fix="give names of tasks, or leave it away")
     try:
         return Evaluate(**given)
     except ValidationError as error:
@@ -51,7 +54,7 @@ def show_tasks(
         return []
     from compress.evals.divergence import token_lines
     from compress.evals.harness import run_tasks
-    from compress.evals.lines import task_lines
+    from compress.evals.lines import task_lines, unheeded
 
     found = run_tasks(directory, settings, device=device, cache=cache)
     before = run_tasks(dense, settings, device=device, cache=cache) if dense else None
@@ -59,6 +62,7 @@ def show_tasks(
     lines = task_lines(found, before, tokens)
     if console:
         print_tasks(lines, found.groups, console)
+        warn(unheeded(found), console)
         console.print(
             f"lm-eval {found.harness}, batches of {found.batch_size}, dtype {found.dtype}",
             highlight=False,
@@ -82,8 +86,7 @@ def print_tasks(lines: tuple[TaskLine, ...], groups: dict[str, dict[str, float |
             rows.setdefault(f"group {name}", []).append((metric, *blank, figure(value, "not finite"), "-"))
     _print_rows(("", *(["dense"] if compared else []), "value", "95 %"), rows, console)
     for line in lines:
-        for warning in warnings_of(line):
-            console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        warn(warnings_of(line), console)
         if line.divergence:
             d = line.divergence
             console.print(
@@ -114,6 +117,12 @@ def _print_rows(headings: tuple[str, ...], rows: dict[str, list[tuple[str, ...]]
         console.print(Text(task, overflow="fold"))  # a name is no markup
         for name, *figures in some:
             show(name, tuple(figures))
+
+
+def warn(warnings: list[str], console: Console) -> None:
+    """Print each on a line of its own."""
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
 
 
 def warnings_of(line: TaskLine) -> list[str]:
@@ -170,7 +179,7 @@ def _moved(spec: str, old: Path, new: Path) -> str:
     """A task as it is named from another folder."""
     form, colon, file = spec.partition(":")
     if not colon:
-        return _relative(spec, new) or spec if spec.endswith((".yaml", ".yml")) else spec
+        return _relative(str(Path(spec).expanduser()), new) or spec if spec.endswith((".yaml", ".yml")) else spec
     return f"{form}:{_relative(file, new)}" if (old / file).exists() else spec
 
 

@@ -35,6 +35,16 @@ def tasks_info(found: Outcomes) -> TasksInfo:
     return TasksInfo(harness=found.harness, batch_size=found.batch_size, dtype=found.dtype, limit=found.limit)
 
 
+def unheeded(found: Outcomes) -> list[str]:
+    """The tasks whose files say how many examples a prompt has, whatever was asked for."""
+    asked = found.num_fewshot
+    return [
+        f"{task.name}: prompts have {task.num_fewshot} examples, as its file says, not {asked}"
+        for task in found.tasks
+        if asked is not None and task.num_fewshot != asked
+    ]
+
+
 def _line(task: Task, found: Outcomes, dense: Outcomes | None, tokens: TokenLine | None) -> TaskLine:
     samples = found.samples[task.name]
     before = {one.name: one for one in dense.tasks}.get(task.name) if dense else None

@@ -107,7 +107,7 @@ def measure(
     from compress.evals.divergence import token_lines
     from compress.evals.gate import compare
     from compress.evals.harness import run_tasks
-    from compress.evals.lines import task_lines, tasks_info
+    from compress.evals.lines import task_lines, tasks_info, unheeded
 
     settings, gate = plan.evaluate, plan.gate
     options: dict[str, Any] = {"device": device, "trust_remote_code": plan.model.trust_remote_code}
@@ -117,6 +117,8 @@ def measure(
     lines: tuple[TaskLine, ...] = ()
     if settings and settings.tasks:
         found = run_tasks(staged, settings, folder=plan.folder, say=say, **options)
+        for warning in unheeded(found):
+            say(f"  warning: {warning}")
         before = run_tasks(dense, settings, folder=plan.folder, **options)
         tokens = token_lines(staged, dense, settings, folder=plan.folder, **options) if diverge else {}
         lines, info = task_lines(found, before, tokens), tasks_info(found)

@@ -111,6 +111,30 @@ def test_a_baseline_moves_with_its_samples(folder: Path, capsys: pytest.CaptureF
     assert command(capsys, "gate", "model", "--baseline", "elsewhere/base.json").code == 0
 
 
+def test_a_task_file_of_the_home_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {folder / 'pairs.jsonl'}}}\n"
+        'test_split: train\noutput_type: multiple_choice\ndoc_to_text: ""\ndoc_to_target: 0\n'
+        'doc_to_choice: "{{[sentence_good, sentence_bad]}}"\nmetric_list: [{metric: acc}]\n'
+    )
+    (folder / "ci").mkdir()
+    assert command(capsys, "baseline", "model", "--tasks", "~/mine.yaml", "--out", "ci/base.json").code == 0
+    assert command(capsys, "gate", "model", "--baseline", "ci/base.json").code == 0
+
+
+def test_a_number_of_examples_that_a_task_does_not_heed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    says = "minimal_pairs:pairs: prompts have 0 examples, as its file says, not 2"
+    arguments = ("model", "--tasks", PAIRS, "--num-fewshot", "2")
+    assert says in command(capsys, "eval", *arguments).out
+    assert says in command(capsys, "baseline", *arguments, "--out", "base.json").out
+    assert says not in command(capsys, "eval", *arguments[:-1], "0").out
+    Path("plan.toml").write_text(PLAN + GATED.replace("[gate]", "num_fewshot = 2\n[gate]"))
+    assert says in command(capsys, "plan.toml").out
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -153,6 +177,8 @@ def test_other_samples_are_refused(folder: Path, capsys: pytest.CaptureFixture[s
         (["eval", "model"], "--tasks TASK"),
         (["eval", "model", "--tasks", "minimal_pair:pairs.jsonl"], 'did you mean "minimal_pairs"?'),
         (["eval", "model", "--tasks", PAIRS, "--limit", "0"], "limit"),
+        (["eval", "model", "--tasks", ""], "--tasks names no task"),
+        (["baseline", "model", "--tasks", ",", "--out", "b.json"], "--tasks names no task"),
         (["eval", "model", "--tasks", PAIRS, "--dtype", "float8"], "dtype"),
         (["eval", "model", "--tasks", PAIRS, "--include-path", "gone"], "no such folder"),
         (["baseline", "model", "--tasks", PAIRS], "--out"),
