@@ -76,7 +76,8 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         # Without files, tensors are given by compress.load, which has checked them.
         where = Path(checkpoint_files[0]).parent if checkpoint_files else None
         layouts = packed_layouts(given.to_dict(), model.config.model_type, where)
-        for name, layout in layouts.items():
+        prefix = f"{model.base_model_prefix}." if model.base_model is model else ""  # AutoModel has no head around it
+        for name, layout in ((name.removeprefix(prefix), layout) for name, layout in layouts.items()):
             old = _replaceable(model, name, layout)
             bias = getattr(old, "bias", None) is not None
             model.set_submodule(name, PackedLinear(layout, dtype or torch.get_default_dtype(), bias=bias))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import compress
 from compress.cli import main
@@ -120,6 +120,11 @@ def test_every_family_runs(family: str, tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(directory)
     assert again.compress_kernels == model.compress_kernels
     assert torch.equal(logits(again), low)
+    body = AutoModel.from_pretrained(directory)
+    assert len(packed_linears(body)) == len(found)
+    with torch.no_grad():
+        states = [one(tokens(), use_cache=False).last_hidden_state for one in (body, again.base_model)]
+    assert torch.equal(*states)
 
 
 FORMS: dict[str, tuple[str, tuple[LinearPass, ...], str]] = {
