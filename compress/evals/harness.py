@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import logging
 import math
 import os
 import random
+import re
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -233,18 +235,47 @@ def task_hash(task: Any) -> str:
     config = task.dump_config()
     kept = {key: value for key, value in config.items() if key not in ("dataset_kwargs", "metadata", "task")}
     kept["version"] = str(task.VERSION)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=_source).encode()).hexdigest()
+
+
+def _source(value: Any) -> str:
+    """What stands for a value that JSON has no form of: of a function its text, for it lies elsewhere in each process.
+
+    lm-eval writes out those of the configuration itself, but not those that the settings of its examples repeat.
+    """
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def documents_hash(task: Any, limit: int | None) -> str:
-    """SHA-256 over what is asked, and over what the examples of the prompts are drawn from."""
+    """SHA-256 over what is asked, over what the examples of the prompts are drawn from, and over the task's code."""
     digest = hashlib.sha256()
+    for content in _code(task):
+        digest.update(content)
     asked = (doc for _, doc in task.doc_iterator(limit=limit))
     with quiet():
         shown = task.fewshot_docs() if task.get_config("num_fewshot") else ()
     for doc in chain(asked, [None], shown):
         digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _code(task: Any) -> list[bytes]:
+    """The files of the functions that a configuration names: what they call may lie there, too."""
+    found: set[bytes] = set()
+    waiting: list[Any] = [type(task), task.config.to_dict(keep_callable=True)]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+        elif callable(one):
+            with contextlib.suppress(TypeError, OSError):
+                found.add(Path(inspect.getsourcefile(one) or "").read_bytes())
+    return sorted(found)
 
 
 def settle(task: Any, num_fewshot: int | None) -> None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +24,11 @@ import compress
 from compress.errors import PlanError
 from compress.evals.divergence import token_lines
 from compress.evals.harness import cache_folder, model_hash, run_tasks, tokenizer_hash
+from compress.evals.outcomes import Outcomes
 from compress.evals.specs import FORMS, FORMS_FOLDER, read_specs
 from compress.passes import RTN, EoRA, Magnitude
 from compress.plan import Evaluate
-from tests.conftest import LETTERS, some_text, tiny_directory
-
-if TYPE_CHECKING:
-    from compress.evals.outcomes import Outcomes
+from tests.conftest import LETTERS, ROOT, some_text, tiny_directory
 
 PAIRS = [{"sentence_good": f"the {a}at is", "sentence_bad": f"the {a}at are"} for a in LETTERS[:20]]
 WORDS = [{"context": f"he saw the {a} and the", "continuation": a * 2} for a in LETTERS[:12]]
@@ -323,6 +321,34 @@ metric_list: [{{metric: acc}}]
         assert result.samples == run_tasks(home / "model", evaluate, folder=tmp_path, cache=False).samples
         found.append(result.samples)
     assert found[0] != found[2]
+
+
+def test_functions_of_a_task_are_known_by_what_they_do(home: Path, tmp_path: Path) -> None:
+    """Not by their place in memory, which is another in each process; what they call counts for the cache."""
+    write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    (tmp_path / "functions.yaml").write_text(
+        f"""
+task: functions
+dataset_path: json
+dataset_kwargs: {{data_files: {tmp_path}/pairs.jsonl}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: !function prompts.prompt
+doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+""",
+        encoding="utf-8",
+    )
+    made = []
+    for word in ("a", "b"):
+        (tmp_path / "prompts.py").write_text(f"WORD = '{word}'\n\n\ndef prompt(doc):\n    return WORD\n")
+        command = [sys.executable, "-m", "compress", "baseline", str(home / "model"), "--tasks", "functions"]
+        command += ["--include-path", str(tmp_path), "--out", str(tmp_path / f"{word}.json")]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        made.append(Outcomes.load(tmp_path / f"{word}.json"))
+    assert made[0].tasks[0].hash == made[1].tasks[0].hash
+    assert made[0].samples != made[1].samples
 
 
 # ------------------------------------------------------------------ divergence
