@@ -166,7 +166,7 @@ def swap_scales(directory: Path, name: str | None = None, /) -> None:
     Parameters
     ----------
     directory
-        The output of a plan whose peqa passes have a name, in the format gptq or compressed-tensors.
+        The output of a plan whose peqa passes have a name, in the format gptq, compressed-tensors or packed.
     name
         The set. Codes stay, and so do the reports: they tell of the set that the run ended with.
     """

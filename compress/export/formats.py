@@ -60,7 +60,9 @@ class Format:
     def warnings(self, lock: Lock) -> list[str]:
         """What a user should know of the readers of what will be written."""
         if lock.scale_sets:
-            return [f"{self.name}: compress swap-scales needs codes; export gptq or compressed-tensors to use it"]
+            return [
+                f"{self.name}: compress swap-scales needs codes; export gptq, compressed-tensors or packed to use it"
+            ]
         return []
 
     def slots(self, linear: Linear) -> list[Slot]:
