@@ -32,7 +32,13 @@ class HarnessLM(HFLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Requests, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
+        vocabulary = self.model.get_input_embeddings().num_embeddings
         for _, context, continuation in requests:
+            largest = max(*context, *continuation, 0)
+            if largest >= vocabulary:
+                fix = "tokenizer and model do not belong together; copy both again"
+                problem = f"the tokenizer makes token {largest}, but the model has {vocabulary}"
+                raise PlanError(problem, where="tasks", fix=fix)
             if not continuation:
                 fix = "correct the sample: its answer has no token of its own"
                 raise PlanError("a sample asks for the likelihood of nothing", where="tasks", fix=fix)

@@ -391,6 +391,16 @@ def test_a_model_does_not_differ_from_itself(home: Path) -> None:
 # ------------------------------------------------------------------ bad input
 
 
+def test_a_tokenizer_of_a_larger_model_is_refused(home: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(home, tmp_path / "home")
+    tokenizer = folder / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"a": ', '"a": 9'))
+    for task in (TASKS[0], TASKS[4]):
+        with pytest.raises(PlanError, match=r"the tokenizer makes token 9\d+, but the model has 64") as raised:
+            run(folder / "model", task, folder=folder)
+        assert raised.value.where == task
+
+
 @pytest.mark.parametrize(
     ("task", "says", "fix"),
     [
