@@ -190,8 +190,9 @@ class Moments:
 
         One Cholesky of the matrix read backwards and one triangular inverse: with ``J H J = L Lᵀ`` (J reverses the
         order), ``H = R Rᵀ`` for the upper-triangular ``R = J L J``, hence ``U = R⁻¹``. Dead columns (never a nonzero
-        input) get a unit diagonal, so that they neither send nor receive updates. The result is kept: all passes of
-        a sweep and all linears of a subset use it. `by_activation`: of H with its largest diagonal entries first.
+        input) have λ alone, so that they neither send nor receive updates, and count less than live ones however small
+        the inputs are. The result is kept: all passes of a sweep and all linears of a subset use it. `by_activation`:
+        of H with its largest diagonal entries first.
 
         Raises:
             RunError: the matrix is not positive definite at any step of the ladder.
@@ -205,8 +206,7 @@ class Moments:
         dead = diagonal == 0
         for step in DAMPING_LADDER:
             damped = self._backwards(order)
-            damped.diagonal().add_(damping * step * mean)
-            damped.diagonal()[(dead if order is None else dead[order]).flip(0)] = 1.0
+            damped.diagonal().add_(damping * step * mean if mean else 1.0)  # without any input, the identity
             failed = torch.empty((), dtype=torch.int32, device=self.device)
             L, failed = torch.linalg.cholesky_ex(damped, out=(damped, failed))  # reads the lower triangle only
             if failed.item() == 0:

@@ -85,8 +85,8 @@ class SparseGPT(GridSettings, PruningPass):
         if self.least_squares:
             assert linear.mask is not None
             H = moments.gram()
-            H.diagonal().add_(factor.damping * H.diagonal().mean())
-            H.diagonal()[factor.dead] = 1.0  # as in the factor
+            mean = float(H.diagonal().mean())
+            H.diagonal().add_(factor.damping * mean if mean else 1.0)  # as in the factor
             linear.weight = restricted_least_squares(linear.dense, weight, linear.mask, H)
         linear.weight = linear.effective()
         # The loss of the column loop, in the norm of H_λ and against the weight this pass began with.

@@ -230,12 +230,10 @@ def _of_units(per_feature: Tensor, units: Tensor) -> Tensor:
 
 
 def _damped(moments: Moments, damping: float) -> Tensor:
-    """H + λI in float64, λ = damping · mean(diag H); dead columns, that never had an input, get a unit diagonal."""
+    """H + λI in float64, λ = damping · mean(diag H); the identity where there never was an input."""
     H = moments.gram().double()
-    diagonal = H.diagonal()
-    dead = diagonal == 0
-    diagonal += damping * diagonal.mean()
-    diagonal[dead] = 1.0
+    mean = float(H.diagonal().mean())
+    H.diagonal().add_(damping * mean if mean else 1.0)
     return H
 
 

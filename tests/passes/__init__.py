@@ -69,13 +69,11 @@ def papers_factor(H: Tensor) -> Tensor:
 
 
 def damped(inputs: Tensor, damping: float) -> Tensor:
-    """``H_λ = XᵀX + damping · mean(diag XᵀX) I`` in float64, with a unit diagonal where nothing ever came in."""
+    """``H_λ = XᵀX + damping · mean(diag XᵀX) I`` in float64; the identity where nothing ever came in."""
     x = inputs.double()
     H = x.T @ x
-    diagonal = H.diagonal().clone()
-    H.diagonal().add_(damping * diagonal.mean())
-    H.diagonal()[diagonal == 0] = 1.0
-    return H
+    mean = float(H.diagonal().mean())
+    return H + (damping * mean if mean else 1.0) * torch.eye(len(H), dtype=torch.float64)
 
 
 def row_errors(difference: Tensor, H: Tensor) -> Tensor:

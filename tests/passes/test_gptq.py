@@ -340,6 +340,17 @@ def test_dead_columns_are_rounded_and_change_nothing(order: str) -> None:
     torch.testing.assert_close(state.weight[:, [0, 7, 23]].double(), rounded[:, [0, 7, 23]], rtol=1e-6, atol=1e-6)
 
 
+@both_orders
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_unit_of_the_inputs_changes_nothing_beside_dead_columns(order: str, symmetric: bool) -> None:
+    weight, inputs, _ = problem(11)
+    inputs[:, [0, 7, 23]] = 0.0
+    settings: dict[str, Any] = {"bits": 2, "group_size": 12, "symmetric": symmetric, "order": order}
+    found = [gptq(weight, moments_of(scale * inputs), **settings)[0].weight for scale in (1.0, 2.0**-12, 2.0**12)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 # ---------------------------------------------------------------- (d) Babai's nearest plane
 
 

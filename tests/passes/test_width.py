@@ -45,13 +45,10 @@ def layer(size: int, seed: int, *, dead: Sequence[int] = (), tokens: int = 40) -
 def least(W: Tensor, X: Tensor, gone: Sequence[int], damping: float = DAMPING) -> tuple[float, Matrix]:
     """The least ``‖(W − V) X‖² + λ‖W − V‖²`` of all V that are 0 in the columns `gone`, and that V.
 
-    Ridge regression as least squares on the tokens and, below them, √λ I. A column that never had an input has no
-    correlation with any other: λ is 1 there, which changes the error, but no other column.
+    Ridge regression as least squares on the tokens and, below them, √λ I.
     """
     w, x = W.double().numpy(), X.double().numpy()
-    penalty = np.full(x.shape[1], damping * (x**2).sum(0).mean())
-    penalty[(x**2).sum(0) == 0] = 1.0
-    rows = np.vstack([x, np.diag(np.sqrt(penalty))])
+    rows = np.vstack([x, np.sqrt(damping * (x**2).sum(0).mean()) * np.eye(x.shape[1])])
     kept = [column for column in range(x.shape[1]) if column not in set(gone)]
     V = np.zeros_like(w)
     V[:, kept] = np.linalg.lstsq(rows[:, kept], rows @ w.T, rcond=None)[0].T
@@ -68,6 +65,14 @@ def test_the_cost_of_a_unit_is_what_its_removal_adds_to_the_error(size: int, see
     assert _costs(W.double(), inverse, units).tolist() == pytest.approx(wanted, rel=1e-9)
     kept = obs(W, moments, units, 1, DAMPING)
     assert sorted({*range(UNITS)} - {*kept.tolist()}) == [int(np.argmin(wanted))]
+
+
+@sized
+@pytest.mark.parametrize("scale", [1.0, 2.0**-12])
+def test_units_without_any_input_go_first_however_small_the_inputs_are(size: int, scale: float) -> None:
+    W, X, units = layer(size, 60)
+    X[:, units[[1, 4]].flatten()] = 0.0
+    assert obs(W, moments_of(scale * X), units, 2, DAMPING).tolist() == [0, 2, 3, 5]
 
 
 @sized
