@@ -261,7 +261,7 @@ class Sweep:
                 self._put(module, index, prefix + name, artifact[f"{prefix}{name}:parameter"])
         artifact |= {prefix + key: value.cpu() for key, value in block.found.items()}
         self._exchange(index, module, artifact, {} if self.run.world.rank else artifact)
-        statistics.changed(block)
+        statistics.changed(block, learned=one.learns())
         return [] if one.scores() and self.spread is None else lines  # of a look that changes nothing
 
     def _compress(self, linear: Linear, state: LinearState, moments: Moments) -> list[LedgerLine]:

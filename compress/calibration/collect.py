@@ -23,7 +23,7 @@ class BlockStatistics:
 
     With refresh = "block" all are collected in one forward before the first linear is changed; with "subset" each is
     when its turn comes. A block pass needs all beforehand, whatever `refresh` says; what it changed is taken into
-    account.
+    account, and what it trained is seen in a forward of its own.
     """
 
     def __init__(self, sweep: Sweep, subsets: list[list[Linear]], walk: Walk) -> None:
@@ -61,9 +61,9 @@ class BlockStatistics:
             return Moments(linear.in_features, Statistics.NONE)
         return self._checked(stop, self._observed()[stop])
 
-    def changed(self, block: BlockState) -> None:
-        """Take over the moments as a block pass left them; anew, they are collected again."""
-        if self.anew:
+    def changed(self, block: BlockState, *, learned: bool) -> None:
+        """Take over the moments as a block pass left them; anew, or where it `learned`, they are collected again."""
+        if self.anew or learned:
             self._made = None
         elif self._made is not None:
             for stop, subset in enumerate(self.subsets):

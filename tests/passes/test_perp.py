@@ -891,6 +891,39 @@ def test_what_comes_later_sees_trained_norms_and_embeddings(
     assert not torch.allclose(gram, grams[1], rtol=1e-2, atol=1e-2 * float(gram.abs().max()))
 
 
+@pytest.mark.parametrize("refresh", ["block", "subset"])
+def test_a_quantizer_sees_the_inputs_that_a_reconstruction_has_left(
+    sources: Callable[..., Path], tmp_path: Path, watch: Watch, refresh: str
+) -> None:
+    """The moments of the first block are those of a model that stops after the reconstruction."""
+    seen: dict[str, Any] = {}
+    original = GPTQ.apply
+
+    def look(self: GPTQ, linear: Any, moments: Any) -> Any:
+        seen.setdefault(linear.name, moments.gram().clone())
+        return original(self, linear, moments)
+
+    settings = SHORT | {"learning_rate": 0.05}
+    one = PERP(mode="reconstruct", train=("norms", "low_rank"), variant="masklora", **settings)
+    steps = (SparseGPT(pattern="2:4"), one)
+    compress.run(plan_of(sources("llama"), tmp_path / "repaired", *steps, refresh=refresh))
+    plan = plan_of(sources("llama"), tmp_path / "out", *steps, GPTQ(bits=8, group_size=16), refresh=refresh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPTQ, "apply", look)
+        compress.run(plan)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "repaired").eval()
+    for leaf in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"):
+        found: list[Tensor] = []
+        module = model.model.layers[0].get_submodule(leaf)
+        hook = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))  # noqa: B023
+        with torch.no_grad():
+            model(input_ids=watched_tokens(plan))
+        hook.remove()
+        x = found[0].double().flatten(0, 1)
+        gram = seen[f"model.layers.0.{leaf}"].double()
+        assert float((gram - x.T @ x).norm()) < 0.02 * float(gram.norm()), leaf  # the linears before it have 8 bits
+
+
 def test_the_same_plan_gives_the_same_bytes(sources: Callable[..., Path], tmp_path: Path) -> None:
     """Twice in one process, whatever the state of torch's generator."""
     found = []
