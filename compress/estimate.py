@@ -17,10 +17,16 @@ import torch
 
 from compress.calibration.moments import Statistics, gram_entries, panels
 from compress.errors import PlanError
+from compress.estimate_training import fisher, reconstruction, refitted, refitting, training, wanting
 from compress.journal import work_directory
 from compress.memory import KEPT, resident_memory
-from compress.passes.loraprune import LoRAPrune
+from compress.passes.eora import SMALL, EoRA
+from compress.passes.gptq import GPTQ
+from compress.passes.grid_search import ROWS, SYSTEMS
 from compress.passes.perp import PERP
+from compress.passes.rtn import RTN
+from compress.passes.sparsegpt import SparseGPT
+from compress.passes.width import WidthPruning
 from compress.report import human_bytes
 from compress.training import Training
 from compress.walk import batch_rows
@@ -39,6 +45,8 @@ LESS = {
     "embedding": FEWER,
     "self-calibration": "calibrate on a text instead",
     "training": "give the pass a smaller batch_size, or calibrate on shorter samples",
+    "reconstruction": f"give the pass a smaller batch_size, or {FEWER}",
+    "fisher": "leave fisher out, or calibrate on shorter samples",
     "evaluation": "leave evaluate.perplexity out and use compress eval afterwards",
     "tasks": "leave evaluate.tasks and the gate out and use compress eval and compress gate afterwards",
 }
@@ -146,6 +154,7 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     adding = 12 * max((width * panels(width)[0][1] for width in widths.values()), default=0)
     # Factoring holds three more matrices of a Gram's size beside the weight; solving, the factor and the whole Gram.
     factor, held = (3 * square + 8 * largest.weights if square else 0), 2 * square
+    solve += max((_beyond(linear, one) for linear in done for _, one in linear.passes), default=0)
     seeing = written * overlap + forward + 8 * grams + adding
     busiest = max(seeing, 4 * grams + kept + max(factor, held + solve))
     phases = {"blocks": base + light + block + flow + busiest + KEPT}  # the heap keeps so much when it is freed
@@ -154,7 +163,13 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     if lock.plan.calibration and lock.plan.calibration.source == "self":
         phases["self-calibration"] = base + 4 * sum(counts.values()) + 2 * sizes[skeleton.embedding] + forward
     if any(lock.is_barrier(sweep) for sweep in range(len(lock.sweeps))):
-        phases["training"] = base + _training(lock, sum(counts.values()))
+        phases["training"] = base + training(lock, sum(counts.values()))
+    if any(one.learns() for sweep in range(len(lock.sweeps)) for _, one in lock.block_passes(sweep)):
+        gathered = 4 * _calibration_tokens(lock) * skeleton.width * (1 if keep else 2)  # all samples, beside `flow`
+        there = flow + gathered + 4 * grams + kept + written * overlap + forward + KEPT
+        phases["reconstruction"] = base + light + there + reconstruction(lock, block)
+    if wanting(lock):
+        phases["fisher"] = base + fisher(lock, sum(counts.values()))
     phases["verification"] = base + written + 4 * largest.weights
     if lock.plan.evaluate and lock.plan.evaluate.perplexity and lock.ends:
         models = 2
@@ -166,6 +181,20 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     return phases
 
 
+def _beyond(linear: Linear, one: Pass) -> int:
+    """Bytes that a pass needs beyond what most hold while a linear is solved: float64, systems of equations."""
+    square, smaller = linear.in_features**2, min(linear.out_features, linear.in_features)
+    if isinstance(one, EoRA) and one.rank * SMALL > smaller:  # else no product with H in float64 is made
+        return (8 if smaller == linear.out_features else 48) * square + 16 * linear.weights
+    if isinstance(one, WidthPruning) and one.updates:  # H, its kept part and the factor of that
+        return 20 * square
+    if isinstance(one, (RTN, GPTQ)) and one.rescale and linear.grid:
+        return 3 * 8 * max(SYSTEMS, ROWS * linear.grid.groups(linear.in_features) ** 2)
+    if isinstance(one, SparseGPT) and one.least_squares:
+        return 16 * linear.weights
+    return 0
+
+
 def _tasks(lock: Lock, size: int) -> int:
     """Bytes of whole models as lm-eval runs them: one while it is loaded, or two, and the logits of a batch."""
     settings = lock.plan.evaluate
@@ -175,55 +204,6 @@ def _tasks(lock: Lock, size: int) -> int:
     widest: int = max(max(linear.in_features, linear.out_features) for linear in lock.linears)
     # Logits in the model's dtype, in float32, and their log-softmax.
     return HARNESS_IMPORTS + 3 * size + 4 * tokens * (3 * vocabulary + 4 * lock.skeleton.width + 3 * widest)
-
-
-def _training(lock: Lock, parameters: int) -> int:
-    """Bytes of the largest training over the whole model: float32 models, the states, what a batch leaves behind."""
-    calibration = lock.plan.calibration
-    length = calibration.length if calibration else 0
-    width, inner = lock.skeleton.width, max(linear.out_features for linear in lock.linears)
-    vocabulary = lock.skeleton.model.get_input_embeddings().num_embeddings
-    most = 0
-    for index in lock.stage:
-        one = lock.plan.passes[index]
-        if one.barrier():
-            tokens = length * getattr(one, "batch_size", 1)
-            merged = isinstance(one, LoRAPrune)  # every linear has a branch while it trains, and masked inputs
-            beside = sum(n.out_features for n in _widest(lock) if n.rank or merged)  # what branches add to
-            inside = 12 * width + 4 * inner + beside + merged * (inner + width)
-            models = 2 if getattr(one, "distill", 0) or getattr(one, "hidden", 0) else 1
-            teacher = (models - 1) * (_parameters(lock.root) if lock.before else parameters)
-            states = 4 * 3 * sum(linear.weights for linear in lock.linears)  # dense, current, and what is learned
-            if "weights" in getattr(one, "trained", ()):  # gradient, both moments of AdamW, and the best values
-                states += 4 * 4 * parameters
-            again = getattr(one, "gradient_checkpointing", False)
-            kept = lock.blocks * width + inside if again else lock.blocks * inside
-            logits = 5 if models == 1 else 12  # of the loss and its gradient; with distillation log p and log q, too
-            left = 4 * tokens * (kept + logits * vocabulary)
-            gathered, solving = _refitting(lock, one)
-            most = max(most, 4 * (parameters + teacher) + states + max(left, solving) + gathered)
-    return most
-
-
-def _refitting(lock: Lock, one: Pass) -> tuple[int, int]:
-    """Bytes of the second moments that a training keeps until it has masked all, and of the largest least squares."""
-    readers = _refitted(lock, one)
-    if not readers:
-        return 0, 0
-    most = max(readers, key=lambda n: n.in_features)
-    # H whole, damped and of the columns that stay, with its factor; the weight as it was, as it is and what it loses.
-    return 8 * sum(gram_entries(n.in_features) for n in readers), 36 * most.in_features**2 + 32 * most.weights
-
-
-def _refitted(lock: Lock, one: Pass) -> list[Linear]:
-    """The linears that a training refits."""
-    names = one.readers(lock.architecture) if isinstance(one, LoRAPrune) and one.update else ()
-    return [n for n in lock.linears if n.name.removeprefix(lock.skeleton.prefix(n.block)) in names]
-
-
-def _parameters(lock: Lock) -> int:
-    tensors = lock.checkpoint.tensors
-    return sum(math.prod(tensors[stored].shape) for stored in set(lock.skeleton.stored.values()))
 
 
 def _evaluation_tokens(lock: Lock) -> int:
@@ -241,12 +221,16 @@ def _flow(lock: Lock, *, keep: bool, pause: bool) -> int:
     calibration = lock.plan.calibration
     if not lock.calibrated or calibration is None:
         return 0
-    width = lock.skeleton.width
-    tokens = calibration.samples * calibration.length
+    width, tokens = lock.skeleton.width, _calibration_tokens(lock)
     tokens = tokens if keep else min(tokens, 2 * _batch_tokens(lock))
     # A paused forward holds its input, the sum after attention, its norm, and the input of the subset it waits at.
     waiting = 2 * width + max(linear.in_features for linear in lock.linears) if pause else 0
     return 4 * tokens * (width + waiting)
+
+
+def _calibration_tokens(lock: Lock) -> int:
+    calibration = lock.plan.calibration
+    return calibration.samples * calibration.length if calibration else 0
 
 
 def _batch_tokens(lock: Lock) -> int:
@@ -310,7 +294,8 @@ def disk_bytes(lock: Lock) -> int:
     calibration = lock.plan.calibration
     flow = 8 * calibration.samples * calibration.length * lock.skeleton.width if calibration and lock.calibrated else 0
     trained = 2 * max((_training_state(lock, index) for index in lock.stage), default=0)  # the last two are kept
-    return lock.output_bytes + blocks * len(lock.sweeps) + flow + trained + earlier
+    gradients = 4 * sum(linear.weights for linear in wanting(lock))
+    return lock.output_bytes + blocks * len(lock.sweeps) + flow + trained + gradients + earlier
 
 
 def _training_state(lock: Lock, index: int) -> int:
@@ -327,8 +312,8 @@ def _training_state(lock: Lock, index: int) -> int:
             blocks[linear.block] += one.learned(linear)
     if not one.barrier():
         return 2 * 16 * (max(blocks) + _beside(lock, one))
-    refitted = _refitting(lock, one)[0] + 4 * sum(linear.weights for linear in _refitted(lock, one))
-    return 16 * (sum(blocks) + _beside(lock, one)) + refitted
+    masks = refitting(lock, one)[0] + 4 * sum(linear.weights for linear in refitted(lock, one))
+    return 16 * (sum(blocks) + _beside(lock, one)) + masks
 
 
 def _beside(lock: Lock, one: Pass) -> int:

@@ -13,7 +13,7 @@ from compress import estimate
 from compress.compiling import compile_plan
 from compress.errors import PlanError
 from compress.estimate import choose_mode, find_device, memory
-from compress.passes import PEQA, PERP, RTN, LoRAPrune, Magnitude, SparseGPT, Wanda
+from compress.passes import GPTQ, PEQA, PERP, RTN, EoRA, LoRAPrune, LQLoRA, Magnitude, SparseGPT, Wanda, WidthPruning
 from compress.training_store import TrainingStore
 from tests.conftest import tiny_directory
 
@@ -133,6 +133,53 @@ def test_without_calibration_there_are_no_activations(model: Path) -> None:
     phases = memory(lock, keep=True, pause=True)
     assert phases == memory(lock, keep=False, pause=False)
     assert "embedding" not in phases
+
+
+def test_fisher_information_is_a_phase_and_a_file(model: Path) -> None:
+    plain, weighed = (lock_of(model, LQLoRA(group_size=8, rank=2, fisher=fisher)) for fisher in (False, True))
+    phases = memory(weighed, keep=True, pause=True)
+    weights = sum(linear.weights for linear in weighed.linears)
+    assert phases["fisher"] > estimate.LATER_IMPORTS + 8 * weights  # the model and the sums
+    assert "fisher" not in memory(plain, keep=True, pause=True)
+    assert estimate.disk_bytes(weighed) - estimate.disk_bytes(plain) >= 4 * weights
+
+
+def test_a_reconstruction_holds_all_inputs_wherever_activations_are(model: Path) -> None:
+    one = PERP(mode="reconstruct", **QUICK)
+    for keep in (False, True):
+        few, many = (
+            memory(lock_of(model, one, samples=samples), keep=keep, pause=False)["reconstruction"]
+            for samples in (1000, 3000)
+        )
+        assert many - few >= 2 * 4 * 2000 * 32 * 32  # samples of 32 tokens of 32 channels, twice
+
+
+def test_a_training_keeps_masks_and_the_weights_that_it_makes(model: Path) -> None:
+    def training(*passes: Pass) -> int:
+        return memory(lock_of(model, *passes), keep=True, pause=True)["training"]
+
+    weights = sum(linear.weights for linear in lock_of(model).linears)
+    prune, codes = Wanda(sparsity=0.5), RTN(bits=4, group_size=8)
+    fixed = training(prune, PERP(train=("norms",), **QUICK))
+    masklora = training(prune, PERP(train=("low_rank",), variant="masklora", **QUICK))
+    assert training(prune, codes, PEQA(**QUICK)) - training(codes, PEQA(**QUICK)) == weights
+    assert masklora - fixed > 4 * weights
+    assert training(codes, PEQA(**QUICK)) > 4 * 5 * weights  # model, dense, current, steps, what a forward makes
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        (EoRA(rank=1), EoRA(rank=4)),
+        (GPTQ(group_size=8), GPTQ(group_size=8, rescale=True)),
+        (SparseGPT(pattern="2:4"), SparseGPT(pattern="2:4", least_squares=True)),
+        (WidthPruning(channels=0.5, multiple=8, score="flap"), WidthPruning(channels=0.5, multiple=8)),
+    ],
+    ids=["eora", "rescale", "least_squares", "width"],
+)
+def test_what_a_solution_needs_beside_the_factor_counts(model: Path, less: Pass, more: Pass) -> None:
+    small, large = (memory(lock_of(model, one, samples=1, length=2), keep=True, pause=False) for one in (less, more))
+    assert small["blocks"] < large["blocks"]
 
 
 def test_evaluation_is_a_phase(model: Path) -> None:

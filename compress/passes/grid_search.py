@@ -102,7 +102,7 @@ def grid_of(codes: Tensor, scale: Tensor, zero: Tensor, spec: GridSpec, dtype: t
 
 # Of the diagonal of A: above what float32 products leave of A's smallest eigenvalues, below what a scale can show.
 RIDGE = 1e-6
-SYSTEMS = 1 << 23  # entries of A in float64 that are solved at a time, 64 MiB; more with
+SYSTEMS = 1 << 22  # entries of A in float64 that are solved at a time, 32 MiB; more with
 ROWS = 32  # of W at least, for which H is read once
 LOSS = 0.9  # of a scale, at most
 
@@ -141,8 +141,10 @@ def rescaled(weight: Tensor, grid: Grid, gram: Tensor, dtype: torch.dtype) -> Gr
             return (product * c).view(-1, groups, width).sum(-1, dtype=torch.float64)
 
         slope = by_group(product[some])
-        columns = (slice(g * width, (g + 1) * width) for g in range(groups))
-        A = torch.stack([by_group(c[:, span] @ gram[span]) for span in columns], 1)
+        A = torch.empty(len(c), groups, groups, dtype=torch.float64, device=c.device)
+        for g in range(groups):
+            span = slice(g * width, (g + 1) * width)
+            A[:, g] = by_group(c[:, span] @ gram[span])
         diagonal = A.diagonal(dim1=1, dim2=2)  # a view
         diagonal.copy_(torch.where(diagonal > 0, diagonal * (1 + RIDGE), 1.0))
         change, _ = torch.linalg.solve_ex(A, slope)
