@@ -27,6 +27,7 @@ from compress.evals.planned import Measured, measure
 from compress.hub import config_digest
 from compress.memory import peak_memory
 from compress.model_files import read_json
+from compress.passes.eora import EoRA
 from compress.report import (
     BlockLine,
     CalibrationInfo,
@@ -130,6 +131,8 @@ def assemble(run: Execution, verified: VerifiedInfo, tensors: FinalTensors | Cut
     lock, work, before = tensors.lock, run.work, run.before
     sweeps = sum(len(one.sweeps) for one in lock.stages[:-1])
     ledger = [LedgerLine(**line) for entry in work.entries("block") for line in entry["ledger"]]
+    for entry in work.entries("ranks"):
+        ledger = [_cut(line, entry, lock) for line in ledger]
     ledger = [line.model_copy(update={"sweep": line.sweep + sweeps}) for line in ledger]
     blocks = [BlockLine(**entry["line"]) for entry in work.entries("block")]
     blocks = [line.model_copy(update={"sweep": line.sweep + sweeps}) for line in blocks]
@@ -253,6 +256,15 @@ def _counts(lock: Lock, tensors: FinalTensors | CutTensors) -> tuple[int, int, f
         if packed is not None:
             pruned += linear.weights - int(unpack_bits(packed, linear.in_features).sum())
     return parameters, parameters - pruned, pruned / sum(linear.weights for linear in lock.linears)
+
+
+def _cut(line: LedgerLine, entry: dict[str, Any], lock: Lock) -> LedgerLine:
+    """A line of branches that a budget has cut since: each rank that is gone took its σ² from the error."""
+    one = lock.plan.passes[line.pass_index]
+    if line.sweep != entry["sweep"] or not isinstance(one, EoRA) or one.norm == "weight":
+        return line
+    error = (line.error_after or 0.0) + entry["lost"][line.linear]
+    return line.model_copy(update={"error_after": error, "detail": f"rank {entry['ranks'][line.linear]}"})
 
 
 def _written(directory: Path) -> int:

@@ -402,7 +402,8 @@ class Execution:
             spectra |= {key.rpartition(":")[0]: value for key, value in kept.items() if key.endswith(":spectrum")}
         sizes = {linear.name: linear.out_features + linear.in_features for linear in self.lock.linears}
         ranks = spend(spectra, sizes, budgets[-1])
-        self.work.append({"kind": "ranks", "sweep": sweep, "ranks": ranks})
+        lost = {name: float(values[ranks[name] :].sum(dtype=torch.float64)) for name, values in spectra.items()}
+        self.work.append({"kind": "ranks", "sweep": sweep, "ranks": ranks, "lost": lost})
         used = sum(sizes[name] * rank for name, rank in ranks.items())
         self.progress.say(
             f"  ranks {min(ranks.values())} to {max(ranks.values())}: {used:,} of {budgets[-1]:,} parameters"

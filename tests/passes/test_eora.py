@@ -499,7 +499,11 @@ def test_a_dense_model_gets_a_zero_branch(folder: Path) -> None:
 
 def test_a_budget_of_nothing_writes_no_adapter(folder: Path) -> None:
     """In the first block, whose inputs no branch has changed, all is as without the pass."""
-    compress.run(plan_of(folder, SparseGPT(pattern="2:4"), EoRA(rank=4, budget=0)))
+    report = compress.run(plan_of(folder, SparseGPT(pattern="2:4"), EoRA(rank=4, budget=0)))
+    for line in report.linears:
+        if line.use == "eora":
+            assert line.error_after == pytest.approx(line.error_before, rel=1e-3)
+            assert line.detail == "rank 0"
     compress.run(plan_of(folder, SparseGPT(pattern="2:4"), output="without"))
     assert not (folder / "out" / "adapter").exists()
     found, wanted = (load_file(folder / name / "model.safetensors") for name in ("out", "without"))
@@ -510,7 +514,7 @@ def test_a_budget_is_spent_on_the_leading_ranks(tmp_path: Path) -> None:
     """The branches of a budget are the first columns and rows of those without one, and they keep to it."""
     tiny_directory(tmp_path / "model", "llama", blocks=2)
     budget, passes = 3000, [SparseGPT(pattern="2:4")]
-    compress.run(plan_of(tmp_path, *passes, EoRA(rank=8, budget=budget)))
+    report = compress.run(plan_of(tmp_path, *passes, EoRA(rank=8, budget=budget)))
     # In the first block, whose inputs no branch has changed, those without a budget are the same.
     compress.run(plan_of(tmp_path, *passes, EoRA(rank=8), output="all"))
     some, every = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("out", "all"))
@@ -525,6 +529,12 @@ def test_a_budget_is_spent_on_the_leading_ranks(tmp_path: Path) -> None:
         if rank:
             assert torch.equal(some[name], value[:rank] if "lora_A" in name else value[:, :rank])
     assert len(ranks) > 1
+    where = tuple(Where(match=line.linear, rank=int(line.detail[5:])) for line in report.linears if line.use == "eora")  # type: ignore[index]
+    one = EoRA(rank=8, where=tuple(w for w in where if w.overrides()["rank"]))
+    same = compress.run(plan_of(tmp_path, *passes, one, output="same"))
+    for found, wanted in zip(report.linears, same.linears, strict=True):
+        if found.use == "eora" and found.detail == wanted.detail and ".layers.0." in found.linear:
+            assert found.error_after == pytest.approx(wanted.error_after, rel=1e-4)
 
 
 def test_other_ranks_for_some(folder: Path) -> None:
