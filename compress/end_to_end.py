@@ -98,6 +98,10 @@ def train_whole(
     model.shard(teacher)
     parameters = {name: model.module.get_parameter(name) for name in names}
     ids, mask = tokens.ids, tokens.mask
+    chosen, held = settings.split(len(ids))
+    tokens.check_targets(chosen)
+    if len(held):
+        tokens.check_targets(held, "held-out sample")
     share = Share(model.world, lambda chosen: int(mask[chosen][:, 1:].sum()))
 
     def of(chosen: Tensor) -> Tensor:

@@ -59,6 +59,13 @@ class TokenSet:
         """The number of real tokens."""
         return int(self.mask.sum())
 
+    def check_targets(self, some: Tensor | None = None, what: str = "calibration sample") -> None:
+        """Raises RunError where no token of (these) samples follows another: a loss would be the mean of nothing."""
+        mask = self.mask if some is None else self.mask[some]
+        if not bool(mask[:, 1:].any()):
+            fix = 'give longer texts, or packing = "windows"'
+            raise RunError(f"no {what} has a token that could be predicted", where="[calibration]", fix=fix)
+
     @property
     def digest(self) -> str:
         """The sha256, in hex, of shape, ids (little-endian int64) and mask (bytes); equal sets, equal digests."""

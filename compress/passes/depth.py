@@ -87,6 +87,7 @@ class DepthPruning(Structured, ModelPass):
         return {pair: (angle / total, cosine / total) for pair, (angle, cosine) in sums.items()}
 
     def _by_loss(self, model: WholeModel) -> list[int]:
+        model.tokens.check_targets()
         gone: list[int] = []
         for _ in range(self.blocks):
             left = [block for block in range(model.lock.blocks) if block not in gone]

@@ -18,9 +18,10 @@ import compress
 from compress import barrier, end_to_end, pipeline, training
 from compress.calibration.tokens import TokenSet
 from compress.compiling import compile_plan
+from compress.errors import RunError
 from compress.flows import Flows
 from compress.journal import Workspace
-from compress.passes import GPTQ, PERP, EoRA, Magnitude, SparseGPT, Wanda, Where, perp
+from compress.passes import GPTQ, PERP, DepthPruning, EoRA, Magnitude, SparseGPT, Wanda, Where, perp
 from compress.plan import load_plan
 from compress.rules import RULES
 from compress.sweep import Sweep
@@ -302,6 +303,39 @@ def test_a_sample_without_a_token_to_predict_is_worth_nothing(
         ),
     )
     assert compress.run(plan).linears
+
+
+@pytest.mark.parametrize(
+    ("one", "missing"),
+    [
+        (PERP(steps=4, rank=2, holdout=0.3), "calibration sample"),
+        (PERP(steps=4, rank=2, holdout=0.3), "held-out sample"),
+        (DepthPruning(blocks=1, score="perplexity"), "calibration sample"),
+    ],
+)
+def test_texts_without_a_token_to_predict_are_refused(
+    one: Any, missing: str, sources: Callable[..., Path], tmp_path: Path
+) -> None:
+    texts = ["abcdef ghij" if missing == "held-out sample" else "a"] * 8
+    if isinstance(one, PERP):
+        for number in one.split(8)[1].tolist():
+            texts[number] = "a"
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    plan = compress.Plan(
+        model=compress.Model(path=str(sources("llama") / "model")),
+        calibration=compress.Calibration(
+            source=str(tmp_path / "texts.jsonl"),
+            samples=8,
+            length=8,
+            packing="documents",
+            selection="first",
+            special_tokens=False,
+        ),
+        run=compress.Run(output=str(tmp_path / "out")),
+        passes=(one,),
+    )
+    with pytest.raises(RunError, match=f"no {missing} has a token that could be predicted"):
+        compress.run(plan)
 
 
 @pytest.mark.parametrize("mode", ["end-to-end", "reconstruct"])
