@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compress.kernels import multiply_portable
+from compress.kernels import multiply_portable, multiply_prompt
 from compress.kernels.fragments import PACKED_ROWS, Fragments
 from compress.kernels.multiply import (
     LARGE_TILE,
@@ -47,6 +47,7 @@ from compress.kernels.multiply import (
 from compress.kernels.operands import FUSED
 from compress.kernels.portable import portable_kernel, portable_weight_kernel
 from compress.kernels.product import product_kernel, weight_kernel
+from compress.kernels.prompt import prompt_kernel
 from compress.kernels.wide import wide_kernel
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ PROCESSORS = (40, 84, 108, 132)  # multiprocessors of GPUs, an L4's to an H100's
 
 
 class Configuration(NamedTuple):
-    """One specialization of a kernel: "product", "weight", "wide", "portable" or "portable_weight"."""
+    """One specialization of a kernel: "product", "weight", "prompt", "wide", "portable" or "portable_weight"."""
 
     kernel: str
     kind: str
     half: str
-    tile: Tile | WideTile | multiply_portable.Tile | None = None
+    tile: Tile | WideTile | multiply_portable.Tile | multiply_prompt.Tile | None = None
     group: int = 128
     offsets: bool = False
     branch: bool = False
@@ -112,6 +113,8 @@ def usual(arch: int) -> Iterator[Configuration]:
     yield Configuration("portable_weight", KINDS[2], "fp16", offsets=True)
     if arch == 90:
         yield Configuration("wide", "int4", "fp16", WIDE_TILES[65])
+        yield Configuration("prompt", "int4", "fp16", multiply_prompt.TILES[-1])
+        yield Configuration("prompt", KINDS[2], "bf16", multiply_prompt.TILES[-1], 64, offsets=True)
 
 
 def every(arch: int) -> Iterator[Configuration]:
@@ -133,6 +136,9 @@ def every(arch: int) -> Iterator[Configuration]:
         for wide, half in product({LARGE_TILE, *WIDE_TILES.values()}, HALVES):
             yield Configuration("wide", "int4", half, wide)
             yield Configuration("wide", "int4", half, wide, 64, offsets=True)
+        for kind, prompt in product(KINDS, multiply_prompt.TILES):
+            yield Configuration("prompt", kind, "fp16", prompt)
+            yield Configuration("prompt", kind, "bf16", prompt, 128 if kind == "sparse24" else 64, kind != "sparse24")
 
 
 class Job(NamedTuple):
@@ -157,6 +163,9 @@ def job_of(one: Configuration, arch: int) -> Job:
             fixed = multiply_portable.constants(weight)
             return Job(portable_weight_kernel, fixed, {"num_warps": 1} | FUSED, 0)
         return Job(weight_kernel, fixed, {"num_warps": 1} | FUSED, 0)
+    if isinstance(tile, multiply_prompt.Tile):
+        fixed = multiply_prompt.cut(tile, HALVES[one.half], weight)
+        return Job(prompt_kernel, fixed, {"num_warps": tile.warps, "num_stages": 1} | FUSED, weight.step * 16 / 32)
     options = {"num_warps": tile.warps, "num_stages": tile.stages} | FUSED
     if isinstance(tile, WideTile):
         fixed = wide_constants(tile, HALVES[one.half], weight)
@@ -192,13 +201,16 @@ def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
         target=GPUTarget("cuda", arch, 32),
         options=options,
     )
-    registers, stack, loop = read_machine_code(made.asm["cubin"])
+    usage, listing = machine_code(made.asm["cubin"])
+    registers, stack, shared, loop = measured(usage, listing)
     found = identity(one, arch)
-    found |= {"registers": registers, "stack_bytes": stack, "shared_bytes": made.metadata.shared}
+    found |= {"registers": registers, "stack_bytes": stack, "shared_bytes": made.metadata.shared + shared}
     if weights:
         found["instructions_per_weight"] = loop / weights
     if re.search(FROM_REGISTERS, made.asm["ptx"]):
         found["awaited"] = re.findall(r"wgmma\.wait_group[^;]*(\d+);", made.asm["ptx"])
+    if one.kernel == "prompt":
+        found["written_early"] = written_early(listing)
     if one.kernel == "wide":  # which asks no layout, but must not put W into shared memory
         found["from_registers"] = "awaited" in found
     elif one.kernel in ("product", "weight"):
@@ -228,27 +240,71 @@ def layouts(text: str) -> set[str]:
     return {known.get(name, name) for line in lines for name in re.findall(r"tensor<[^>]*?, (#[\w.<{]+)", line)}
 
 
-def read_machine_code(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, bytes of stack and instructions of the longest loop of a cubin with one kernel."""
+def machine_code(cubin: bytes) -> tuple[str, str]:
+    """What a cubin with one kernel uses, and its instructions, as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        listing = _run("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None
+        return _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", "-c", file.name)
+
+
+def instructions(listing: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """Names and operands of all instructions, and where labels stand among them."""
     labels: dict[str, int] = {}
-    loop = count = 0
+    found: list[tuple[str, str]] = []
     for line in listing.splitlines():
         label = re.match(r"^(\.L_x_\d+):", line)
         if label:
-            labels[label[1]] = count
-        if re.match(r"^\s+/\*[0-9a-f]+\*/", line):
-            count += 1
-            back = re.search(r"BRA.*?`\((\.L_x_\d+)\)", line)
-            if back and back[1] in labels:
-                loop = max(loop, count - labels[back[1]])
-    return int(found[1]), int(found[2]), loop
+            labels[label[1]] = len(found)
+        instruction = re.match(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([\w.]+)\s*(.*?)\s*;", line)
+        if instruction:
+            found.append((instruction[1], instruction[2]))
+    return found, labels
+
+
+def measured(usage: str, listing: str) -> tuple[int, int, int, int]:
+    """Registers, bytes of stack and of shared memory, and instructions of the longest loop."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    assert found is not None
+    loops = [place + 1 - start for start, place in loops_of(*instructions(listing))]
+    return int(found[1]), int(found[2]), int(found[3]), max(loops, default=0)
+
+
+def loops_of(found: list[tuple[str, str]], labels: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """First and last instruction of each loop."""
+    for place, (name, operands) in enumerate(found):
+        back = re.search(r"`\((\.L_x_\d+)\)", operands)
+        if name == "BRA" and back and labels.get(back[1], place + 1) <= place:
+            yield labels[back[1]], place
+
+
+def written_early(listing: str) -> list[str]:
+    """Instructions that write to registers that a warp-group product on its way still reads, or adds to.
+
+    The compiler does not say that it knows these registers to be in use, so the machine code is asked: from a product
+    to the wait for it, also over the end of a loop.
+    """
+    found, labels = instructions(listing)
+    order = list(range(len(found)))
+    for start, place in loops_of(found, labels):
+        after = order.index(place) + 1
+        order[after:after] = range(start, place + 1)
+    busy: set[int] = set()
+    early = []
+    for place in order:
+        name, operands = found[place]
+        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
+        if name.startswith("HGMMA"):
+            width = re.search(r"64x(\d+)x", name)
+            assert width is not None
+            busy |= {*range(registers[0], registers[0] + int(width[1]) // 2), *range(registers[1], registers[1] + 4)}
+        elif name.startswith("WARPGROUP.DEPBAR"):
+            busy = set()
+        elif operands.startswith("R") and registers and not name.startswith(("ST", "LDGSTS")):
+            size = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+            if busy & set(range(registers[0], registers[0] + size)):
+                early.append(f"{name} {operands}")
+    return list(dict.fromkeys(early))
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# ruff: noqa: E501 (a line is an instruction)
+# ruff: noqa: E501, RET505 (a line is an instruction; Triton compiles what is not returned from)
 
 
 @triton.jit
@@ -109,6 +109,176 @@ def times(a, b, BF16: tl.constexpr):
     else:
         asm: tl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
     return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def room(thread, BYTES: tl.constexpr, ALIGN: tl.constexpr = 16):
+    """The address of so many bytes of shared memory, the same for each thread: of the only call in a kernel."""
+    asm: tl.constexpr = f"{{ .shared .align {ALIGN} .b8 room[{BYTES}]; mov.u32 $0, room; }}"
+    return tl.inline_asm_elementwise(asm, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def large_room(thread, anywhere, never, KIB: tl.constexpr):
+    """As `room`, a power of 2 of KiB from 64 on less 1, at a multiple of 1024: a kernel has to ask for more than 48.
+
+    Triton asks for what its own operations need: here for a transposition in a branch that is not taken, since `never`
+    is false. Nothing else in the kernel may need shared memory.
+    """
+    if never:
+        i, j = tl.arange(0, 2 * KIB)[:, None], tl.arange(0, 128)[None, :]
+        place = anywhere.to(tl.pointer_type(tl.int32))
+        tl.store(place + j * (2 * KIB) + i, tl.load(place + i * 128 + j))
+    asm: tl.constexpr = "{ mov.u32 $0, global_smem; add.u32 $0, $0, 1023; and.b32 $0, $0, 0xfffffc00; }"
+    return tl.inline_asm_elementwise(asm, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def copy(address, source, there, SIZE: tl.constexpr, TO: tl.constexpr, FROM: tl.constexpr):
+    """Begin to copy `SIZE` bytes (4, 8 or 16) from `source` + FROM to shared memory at `address` + TO; zeros if not there.
+
+    16 bytes go past the L1 cache.
+    """
+    way: tl.constexpr = "cg" if SIZE == 16 else "ca"
+    asm: tl.constexpr = f"cp.async.{way}.shared.global [$1+{TO}], [$2+{FROM}], {SIZE}, $3; mov.b32 $0, 0;"
+    size = tl.where(there, SIZE, 0)
+    return tl.inline_asm_elementwise(
+        asm, "=r,r,l,r", [address, source.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def together(thread):
+    """What this thread began to copy since the last time is a group."""
+    asm: tl.constexpr = "cp.async.commit_group; mov.b32 $0, 0;"
+    return tl.inline_asm_elementwise(asm, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def arrived(thread, BUT: tl.constexpr):
+    """Wait until this thread's groups, but for the last so many, are in shared memory, where it alone may read them."""
+    asm: tl.constexpr = f"cp.async.wait_group {BUT}; mov.b32 $0, 0;"
+    return tl.inline_asm_elementwise(asm, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def shared(address, WORDS: tl.constexpr, AT: tl.constexpr):
+    """So many words (1, 2 or 4) of shared memory, from `address` + AT on: a tuple."""
+    if WORDS == 4:
+        asm: tl.constexpr = f"ld.shared.v4.b32 {{$0,$1,$2,$3}}, [$4+{AT}];"
+        return tl.inline_asm_elementwise(
+            asm, "=r,=r,=r,=r,r", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
+        )
+    elif WORDS == 2:
+        asm: tl.constexpr = f"ld.shared.v2.b32 {{$0,$1}}, [$2+{AT}];"
+        return tl.inline_asm_elementwise(asm, "=r,=r,r", [address], dtype=(tl.int32, tl.int32), is_pure=False, pack=1)
+    else:
+        asm: tl.constexpr = f"ld.shared.b32 $0, [$1+{AT}];"
+        return (tl.inline_asm_elementwise(asm, "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1),)
+
+
+@tl.core.builtin
+def warpgroup(total, a, positions, address, SPARSE, BF16, _semantic=None):
+    """Begin A (64, 64) B (64, N) + C (64, N), float32, by four warps: C; nobody may use it, or write A, until `settled`.
+
+    Each warp has 16 rows of A as in `mma`, four pairs for each 16 columns, or as in `mma_sparse` for each 32; and the
+    values of C as there, for each 8 columns. B is in shared memory at `address`, a multiple of 1024: N rows of 64 halves
+    whose pieces of 16 bytes are exchanged, piece p of row r being p xor r mod 8.
+    """
+    count, half = len(total), "bf16" if _value(BF16) else "f16"
+    sparse = _value(SPARSE)
+    name = f"m64n{2 * count}k{32 if sparse else 16}.f32.{half}.{half}"
+    sums = ", ".join(f"${number}" for number in range(count))
+    lines = [".reg .pred p; .reg .b32 lo; .reg .b64 where; setp.eq.u32 p, 0, 0; wgmma.fence.sync.aligned;"]
+    last = 2 * count + len(a)  # the operands after C twice and A: positions, address
+    for part in range(len(a) // 4):
+        mine = ", ".join(f"${2 * count + 4 * part + number}" for number in range(4))
+        step = (64 if sparse else 32) * part
+        lines.append(f"add.u32 lo, ${last + 1}, {step}; bfe.u32 lo, lo, 4, 14; or.b32 lo, lo, 0x10000;")
+        lines.append("mov.b64 where, {lo, 0x40000040};")  # rows 128 bytes apart, eights of them 1024, exchanged
+        if sparse:
+            lines.append(
+                f"wgmma.mma_async.sp.sync.aligned.{name} {{{sums}}}, {{{mine}}}, where, ${last}, {part}, p, 1, 1, 0;"
+            )
+        else:
+            lines.append(f"wgmma.mma_async.sync.aligned.{name} {{{sums}}}, {{{mine}}}, where, p, 1, 1, 0;")
+    lines.append("wgmma.commit_group.sync.aligned;")
+    return _tied("{ " + " ".join(lines) + " }", total, (*a, positions, address), _semantic)
+
+
+@tl.core.builtin
+def settled(total, a, _semantic=None):
+    """C of `warpgroup`, when it is done; `a`: its A, which is in use until then."""
+    return _tied("wgmma.wait_group.sync.aligned 0;", total, a, _semantic)
+
+
+def _tied(asm, total, others, semantic):
+    """An instruction that changes what is in `total`."""
+    outputs, inputs = ["=f"] * len(total), [*map(str, range(len(total))), *["r"] * len(others)]
+    found = tl.core.inline_asm_elementwise(
+        asm,
+        ",".join(outputs + inputs),
+        [*total, *others],
+        dtype=(tl.float32,) * len(total),
+        is_pure=False,
+        pack=1,
+        _semantic=semantic,
+    )
+    return tl.core.tuple(list(found))
+
+
+def _value(constant):
+    return getattr(constant, "value", constant)
+
+
+@triton.jit
+def public(thread):
+    """What this thread has written to shared memory may be read by the tensor cores, after a barrier."""
+    asm: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, 0;"
+    return tl.inline_asm_elementwise(asm, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def halves(low, high, BF16: tl.constexpr):
+    """Two numbers as a pair, rounded."""
+    asm: tl.constexpr = f"cvt.rn.{'bf16x2' if BF16 else 'f16x2'}.f32 $0, $2, $1;"
+    return tl.inline_asm_elementwise(asm, "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def matrices(address, pairs):
+    """Four matrices (8, 8) of pairs, each as `mma` has rows of C, to shared memory, transposed: eights of lanes have the
+    addresses of their eight rows there, of 16 bytes.
+    """
+    asm: tl.constexpr = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;"
+    return tl.inline_asm_elementwise(
+        asm, "=r,r,r,r,r,r", [address, pairs[0], pairs[1], pairs[2], pairs[3]], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def keep(address, four):
+    """Four numbers to shared memory."""
+    asm: tl.constexpr = "st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;"
+    return tl.inline_asm_elementwise(
+        asm, "=r,r,f,f,f,f", [address, four[0], four[1], four[2], four[3]], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def put(place, four, there):
+    """Store four words at once, where `there`."""
+    asm: tl.constexpr = (
+        "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }"
+    )
+    return tl.inline_asm_elementwise(
+        asm,
+        "=r,l,r,r,r,r,r",
+        [place.to(tl.int64), four[0], four[1], four[2], four[3], there.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -39,7 +39,8 @@ class Tile(NamedTuple):
         along: warps of the same rows of W that share the columns.
         arranged: whether x is put in order first, by a kernel of its own.
         scaled: whether scales are applied to numbers rather than to sums.
-        ahead: whether a step of W is read while the one before is multiplied, and of x, where a warp has one tile.
+        ahead: steps of W that are read while one is multiplied, one in registers, 3 or 7 through shared memory; and
+            a part of x, where a warp has one tile.
     """
 
     eights: int
@@ -48,7 +49,7 @@ class Tile(NamedTuple):
     along: int
     arranged: bool
     scaled: bool
-    ahead: bool
+    ahead: int
 
 
 class WideTile(NamedTuple):
@@ -105,10 +106,10 @@ def _up_to_8(rows: int, busy: float, steps: int, sparse: bool, codes: bool) -> T
     """Memory decides, so many warps read W."""
     if not sparse:
         tiles = 1 if busy < 8 else 2
-        return Tile(1, tiles, 1, _along(busy / tiles, steps), False, False, True)
+        return Tile(1, tiles, 1, _along(busy / tiles, steps), False, False, 1)
     if codes and busy >= 10:
-        return Tile(1, 1, 2, 2, rows > 1, False, True)
-    return Tile(1, 1, 1, _along(busy, steps, 16 if codes else 8), rows > (2 if codes else 1), False, True)
+        return Tile(1, 1, 2, 2, rows > 1, False, 1)
+    return Tile(1, 1, 1, _along(busy, steps, 16 if codes else 8), rows > (2 if codes else 1), False, 1)
 
 
 def _up_to_16(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
@@ -116,12 +117,12 @@ def _up_to_16(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
     few, some = busy < 4, busy < 10
     if few:
         along = _along(2 * busy, steps, 8 if codes else 4)
-        return Tile(1, 1, 1 if sparse else 2, along, sparse, False, True)
+        return Tile(1, 1, 1 if sparse else 2, along, sparse, False, 1)
     if some:
-        return Tile(2, 1, 1 if sparse else 2, 4, True, False, True)
+        return Tile(2, 1, 1 if sparse else 2, 4, True, False, 1)
     if sparse:
-        return Tile(2, 1, 4 if codes else 2, 2, True, False, True)
-    return Tile(2, 2, 4, 2, True, False, True)
+        return Tile(2, 1, 4 if codes else 2, 2, True, False, 1)
+    return Tile(2, 2, 4, 2, True, False, 1)
 
 
 def _up_to_32(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
@@ -129,10 +130,10 @@ def _up_to_32(busy: float, steps: int, sparse: bool, codes: bool) -> Tile:
     few, some = busy < 4, busy < 10
     if few:
         along = 4 if sparse and steps < 64 else 8
-        return Tile(2, 1 if sparse or busy < 1 else 2, 1, along, True, False, True)
+        return Tile(2, 1 if sparse or busy < 1 else 2, 1, along, True, False, 1)
     if some and codes:
-        return Tile(2, 2, 4, 2, True, False, True)
-    return Tile(4, 2, 4, 2, True, codes and not sparse, not (sparse and codes))
+        return Tile(2, 2, 4, 2, True, False, 1)
+    return Tile(4, 2, 4, 2, True, codes and not sparse, int(not (sparse and codes)))
 
 
 def _along(busy: float, steps: int, limit: int = 16) -> int:
@@ -154,7 +155,8 @@ def _many(busy: float, steps: int, sparse: bool, codes: bool, more: bool) -> Til
         cut = (4, 2, 2) if values else (2, 4, 2)
     else:
         cut = (4, 4, 1)
-    return Tile(4, *cut, True, codes, cut[0] < 4 and not (sparse and codes) and not (values and more))
+    ahead = cut[0] < 4 and not (sparse and codes) and not (values and more)
+    return Tile(4, *cut, True, codes, int(ahead))
 
 
 def multiply(
@@ -239,6 +241,8 @@ def register_options(tile: Tile, w: Fragments) -> dict[str, Any]:
     size = tile.eights * tile.tiles
     if size == 1:
         return {"maxnreg": 64 if w.offset is None else 72}
+    if tile.ahead > 1 or tile.tiles not in (1, 2, 4):  # not chosen yet
+        return {"maxnreg": 80} if size == 2 else {}
     if size == 4 and not tile.ahead:
         return {}
     if size == 8 and tile.ahead and w.scale is None:
@@ -307,7 +311,7 @@ def cut(tile: Tile, w: Fragments, *, branch: bool) -> dict[str, int | bool]:
         "ALONG": tile.along,
         "SCALED": tile.scaled and w.scale is not None,
         "AHEAD": tile.ahead,
-        "AHEAD_X": tile.arranged or (tile.ahead and tile.tiles == 1),
+        "AHEAD_X": tile.arranged or (tile.ahead > 0 and tile.tiles == 1),
     }
 
 

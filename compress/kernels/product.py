@@ -19,18 +19,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compress.kernels.instructions import decode, mma, mma_sparse, times, twice
+from compress.kernels.instructions import arrived, decode, mma, mma_sparse, room, times, twice
+from compress.kernels.reading import begin, quarters, read, read_x, take
 
 INTEGERS = ["M", "N", "tiles", "steps", "rank", "one"]
-
-
-@triton.jit
-def _four(v):
-    """(threads, 4) → four of (threads,)"""
-    even, odd = tl.split(tl.reshape(v, (v.shape[0], 2, 2)))
-    v0, v2 = tl.split(even)
-    v1, v3 = tl.split(odd)
-    return v0, v1, v2, v3
 
 
 @triton.jit
@@ -83,62 +75,6 @@ def _times(a, s0, s1, BF16: tl.constexpr):
     return times(a[0], s0, BF16), times(a[1], s1, BF16), times(a[2], s0, BF16), times(a[3], s1, BF16)
 
 
-@triton.jit
-def _read(words, positions, scale, offset, tile, tiles, steps, step, lane,
-          CODES: tl.constexpr, SPARSE: tl.constexpr, ZEROS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
-          T: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """What a lane needs of W in a step, of each of its tiles: words, positions, pairs of scales, pairs of offsets."""
-    four = tl.arange(0, 4)[None, :]
-    two = tl.arange(0, 2)[None, :]
-    within = step if EVEN else tl.minimum(step, steps - 1)
-    each: tl.constexpr = (STEP // 128 if CODES else STEP // 32) if SPARSE else STEP // 64
-    found = ()
-    for i in tl.static_range(T):  # in each place, first what is the same in all steps, last what the compiler knows
-        at = (tile + i) * steps
-        for c in tl.static_range(each):
-            place = (words + (at * (each * 128) + lane * 4) + within * (each * 128))[:, None] + (four + c * 128)
-            if EVEN or CODES:
-                found = found + _four(tl.load(place, cache_modifier=".cg"))
-            else:
-                found = found + _four(tl.load(place, mask=(step < steps)[:, None], other=0, cache_modifier=".cg"))
-        if SPARSE:
-            for c in tl.static_range(STEP // 128):
-                place = (positions + (at * (STEP // 2) + lane * 2) + within * (STEP // 2))[:, None] + (two + c * 64)
-                found = found + tl.split(tl.load(place, cache_modifier=".cg"))
-        if CODES:
-            for q in tl.static_range(STEP // GROUP):
-                place = ((tile + i) * 8 + lane // 4) + (within * (STEP // GROUP) + q) * (tiles * 8)
-                if EVEN:
-                    found = found + (tl.load(scale + place),)
-                else:
-                    found = found + (tl.load(scale + place, mask=step < steps, other=0),)
-                if ZEROS:
-                    found = found + (tl.load(offset + place),)
-    return found
-
-
-@triton.jit
-def _read_x(x, block, M, steps, step, b, lane, SPARSE: tl.constexpr, STEP: tl.constexpr, ARRANGED: tl.constexpr,
-            NT: tl.constexpr):  # fmt: skip
-    """What a lane needs of x for 32 columns: four pairs of each eight rows."""
-    four = tl.arange(0, 4)[None, :]
-    within = tl.minimum(step, steps - 1)
-    found = ()
-    for j in tl.static_range(NT):  # what is known when it compiles comes last: it becomes the load's own offset
-        if ARRANGED:
-            place = x + (block * (steps * (STEP * 4)) + lane * 4) + within * (STEP * 4 * NT)
-            found = found + _four(tl.load(place[:, None] + (four + (b * NT + j) * 128)))
-        else:
-            row = tl.minimum(8 * (block + j) + lane // 4, M - 1)
-            place = x + (row * (steps * (STEP // 2)) + lane % 4 * (1 if SPARSE else 4)) + within * (STEP // 2)
-            if SPARSE:
-                for r in tl.static_range(4):
-                    found = found + (tl.load(place + (b * 16 + 4 * r)),)
-            else:
-                found = found + _four(tl.load(place[:, None] + (four + b * 16)))
-    return found
-
-
 @triton.jit(do_not_specialize=INTEGERS)
 def product_kernel(
     x,  # (M, steps · STEP) halves; or arranged
@@ -171,7 +107,7 @@ def product_kernel(
     ACROSS: tl.constexpr,
     ALONG: tl.constexpr,
     SCALED: tl.constexpr,  # whether scales are applied to the numbers
-    AHEAD: tl.constexpr,  # whether a step is read while the one before is multiplied
+    AHEAD: tl.constexpr,  # steps of W that are on their way: one in registers, more (2ⁿ − 1) in shared memory
     AHEAD_X: tl.constexpr,  # whether x is
     DEPENDENT: tl.constexpr,  # whether the kernel before may still run: W is read first, x when it has ended
 ):
@@ -191,23 +127,35 @@ def product_kernel(
     a_group: tl.constexpr = 2 if ZEROS else 1
     each: tl.constexpr = scales_at + (STEP // GROUP * a_group if CODES else 0)
     total = _zeros(4 * T * NT, THREADS)
-    if AHEAD:
-        coming = _read(words, positions, scale, offset, tile, tiles, steps, along, lane,
+    if AHEAD > 1:
+        slot: tl.constexpr = 128 * T * each  # bytes of a step
+        SLOTS: tl.constexpr = AHEAD + 1
+        base = room(thread, ACROSS * ALONG * SLOTS * slot) + warp * (SLOTS * slot)
+        for ahead in tl.static_range(AHEAD):
+            begin(base + ahead * slot, words, positions, scale, offset, tile, tiles, steps, ahead * ALONG + along, lane,
+                  CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
+    elif AHEAD:
+        coming = read(words, positions, scale, offset, tile, tiles, steps, along, lane,
                        CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
     if AHEAD_X:
-        coming_x = _read_x(pairs_of_x, block, M, steps, along, 0, lane, SPARSE, STEP, ARRANGED, NT)
+        coming_x = read_x(pairs_of_x, block, M, steps, along, 0, lane, SPARSE, STEP, ARRANGED, NT)
     for turn in tl.range(0, tl.cdiv(steps, ALONG)):
         step = turn * ALONG + along
-        if AHEAD:
+        if AHEAD > 1:
+            arrived(thread, AHEAD - 1)
+            here = take(base + turn % SLOTS * slot, lane, CODES, SPARSE, ZEROS, GROUP, STEP, T)
+            begin(base + (turn + AHEAD) % SLOTS * slot, words, positions, scale, offset, tile, tiles, steps,
+                  step + AHEAD * ALONG, lane, CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
+        elif AHEAD:
             ahead = tl.minimum(step + ALONG, steps - 1) if EVEN else step + ALONG
             here = coming
-            coming = _read(words, positions, scale, offset, tile, tiles, steps, ahead, lane,
+            coming = read(words, positions, scale, offset, tile, tiles, steps, ahead, lane,
                            CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
         else:
-            here = _read(words, positions, scale, offset, tile, tiles, steps, step, lane,
+            here = read(words, positions, scale, offset, tile, tiles, steps, step, lane,
                          CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
         part = total
         for b in tl.static_range(STEP // 32):
@@ -226,11 +174,11 @@ def product_kernel(
             if AHEAD_X:
                 xs = coming_x
                 if b * 32 + 32 < STEP:
-                    coming_x = _read_x(pairs_of_x, block, M, steps, step, b + 1, lane, SPARSE, STEP, ARRANGED, NT)
+                    coming_x = read_x(pairs_of_x, block, M, steps, step, b + 1, lane, SPARSE, STEP, ARRANGED, NT)
                 else:
-                    coming_x = _read_x(pairs_of_x, block, M, steps, step + ALONG, 0, lane, SPARSE, STEP, ARRANGED, NT)
+                    coming_x = read_x(pairs_of_x, block, M, steps, step + ALONG, 0, lane, SPARSE, STEP, ARRANGED, NT)
             else:
-                xs = _read_x(pairs_of_x, block, M, steps, step, b, lane, SPARSE, STEP, ARRANGED, NT)
+                xs = read_x(pairs_of_x, block, M, steps, step, b, lane, SPARSE, STEP, ARRANGED, NT)
             after = ()
             for i in tl.static_range(T):
                 mine = part[4 * NT * i : 4 * NT * (i + 1)]
@@ -273,7 +221,7 @@ def product_kernel(
             after = ()
             for i in tl.static_range(T):
                 place = (up + ((tile + i) * rank + column) * 128 + lane * 4)[:, None] + four
-                a = _four(tl.load(place, mask=there[:, None], other=0))
+                a = quarters(tl.load(place, mask=there[:, None], other=0))
                 for j in tl.static_range(NT):
                     start = tl.minimum(8 * (block + j) + g, M - 1) * (rank * 8)
                     place = (pairs_of_dx + start + column * 8 + 2 * t)[:, None] + two
@@ -340,7 +288,7 @@ def weight_kernel(words, positions, scale, offset, w, tiles, steps,
     lane = tl.arange(0, 32)
     g, t = lane // 4, lane % 4
     tile, step = tl.program_id(1), tl.program_id(0)
-    here = _read(words, positions, scale, offset, tile, tiles, steps, step, lane,
+    here = read(words, positions, scale, offset, tile, tiles, steps, step, lane,
                  CODES, SPARSE, ZEROS, GROUP, STEP, 1, True)  # fmt: skip
     words_of_tile: tl.constexpr = (STEP // 32 if CODES else STEP // 8) if SPARSE else STEP // 16
     at: tl.constexpr = words_of_tile + (STEP // 64 if SPARSE else 0)
