@@ -25,7 +25,7 @@ from compress.ledger import NOTHING, ledger_line, relative_error
 from compress.memory import peak_memory
 from compress.passes.base import ModelPass, SettingError
 from compress.report import BlockLine, LedgerLine
-from compress.state import LinearState, kept_of
+from compress.state import LinearState, in_dtype, kept_of
 from compress.sweep import Sweep
 from compress.training import Training
 from compress.training_store import TrainingStore
@@ -294,7 +294,7 @@ class Barrier:
         for name, value in changed.items():
             if name in self.lock.skeleton.outside:
                 stored = self.lock.checkpoint.tensors[self.lock.skeleton.stored[name]].torch_dtype
-                kept[f"{name}:parameter"] = value.to(stored).cpu()
+                kept[f"{name}:parameter"] = in_dtype(value, stored, name).cpu()
         if kept:
             self._write("outside", OUTSIDE, kept, [], 0.0)
 
@@ -326,7 +326,7 @@ class Barrier:
         for name, value in changed.items():
             if name.startswith(prefix):
                 stored = self.lock.checkpoint.tensors[self.lock.skeleton.stored[name]].torch_dtype
-                artifact[f"{name}:parameter"] = value.to(stored).cpu()
+                artifact[f"{name}:parameter"] = in_dtype(value, stored, name).cpu()
         artifact |= {prefix + key: value.cpu() for key, value in model.found.get(block, {}).items()}
         self._write("block", block, artifact, ledger, share * len(ledger))
 

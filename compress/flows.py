@@ -9,8 +9,8 @@ import torch
 
 from compress.checkpoint import raw_bytes
 from compress.errors import RunError
-from compress.invariants import all_finite
 from compress.journal import sync
+from compress.state import all_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress.errors import RunError
-from compress.state import masked
+from compress.state import all_finite, masked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from compress.lock import Linear
     from compress.passes.base import Pass
     from compress.state import LinearState
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity. Their sum is finite then, unless it overflows, and is soon made."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
 def check_invariants(

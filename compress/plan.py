@@ -211,27 +211,44 @@ def load_plan(path: str | Path) -> Plan:
     Raises:
         PlanError: the file cannot be read, is not TOML, or says something impossible.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        others = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise PlanError(f"no such plan{nearest(path.name, others)}", where=str(path), fix="give a TOML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot read the plan: {error}", where=str(path), fix="give a UTF-8 TOML file") from None
-    return parse_plan(text, path)
+    return parse_plan(_text(Path(path)), Path(path))
+
+
+def load_gate(path: Path) -> dict[str, Any]:
+    """What a plan file states under `[gate]`: the rest, such as passes of one's own, need not be there any more.
+
+    Raises:
+        PlanError: the file cannot be read, is not TOML, or has something else there.
+    """
+    found = _tables(Source(path, _text(path))).get("gate", {})
+    if not isinstance(found, dict):
+        raise PlanError("gate is no table", where=str(path), fix="write [gate], or leave it out")
+    return found
 
 
 def parse_plan(text: str, path: Path | None = None) -> Plan:
     """The plan that a TOML text describes; `path` names it in messages and anchors its relative paths."""
     source = Source(path, text)
+    return plan_from_tables(_tables(source), source)
+
+
+def _text(path: Path) -> str:
     try:
-        data = tomllib.loads(text)
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        others = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise PlanError(f"no such plan{nearest(path.name, others)}", where=str(path), fix="give a TOML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read the plan: {error}", where=str(path), fix="give a UTF-8 TOML file") from None
+
+
+def _tables(source: Source) -> dict[str, Any]:
+    try:
+        return tomllib.loads(source.text)
     except (ValueError, RecursionError) as error:  # beside TOMLDecodeError: numbers too long, arrays too deep
         line = re.search(r"at line (\d+)", str(error))
         where = f"{source.name}:{line[1]}" if line else source.name
         raise PlanError(f"not valid TOML: {error}", where=where, fix="correct the syntax at that place") from None
-    return plan_from_tables(data, source)
 
 
 def plan_from_tables(data: dict[str, Any], source: Source) -> Plan:

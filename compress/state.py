@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from compress.errors import RunError
 from compress.grid import Grid
 
 if TYPE_CHECKING:
@@ -150,6 +151,23 @@ class LowRank:
         return replace(self, up=up, down=down)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity. Their sum is finite then, unless it overflows, and is soon made."""
+    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
+
+
+def in_dtype(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A value in the dtype of the checkpoint. Raises RunError where that does not hold it."""
+    found = value.to(dtype)
+    if dtype == torch.float16 and not all_finite(found):
+        raise RunError(
+            f"a value of {float(value.abs().max()):,.0f} is more than float16 holds",
+            where=name,
+            fix="convert the checkpoint to bfloat16 or float32 before",
+        )
+    return found
+
+
 @dataclass
 class LinearState:
     """One linear layer. Passes change `weight`, may only clear bits of `mask`, and may put the weight on a grid once.
@@ -221,7 +239,7 @@ class LinearState:
 
     def settle(self) -> None:
         """Round weight and branch to the checkpoint's dtype, so that what runs next is what will be written."""
-        self.weight = self.base().to(self.dtype).float()
+        self.weight = in_dtype(self.base(), self.dtype, self.name).float()
         if self.low_rank is not None:
             self.low_rank = self.low_rank.rounded(self.dtype)
 
@@ -235,12 +253,12 @@ class LinearState:
         if self.grid is not None:
             kept = self.grid.tensors(self.name)
         else:
-            kept = {f"{self.name}:weight": self.weight.to(self.dtype)}
+            kept = {f"{self.name}:weight": in_dtype(self.weight, self.dtype, self.name)}
         if self.mask is not None:
             kept[f"{self.name}:mask"] = pack_bits(self.mask)
         if self.low_rank is not None:
-            kept[f"{self.name}:up"] = self.low_rank.up.to(self.dtype)
-            kept[f"{self.name}:down"] = self.low_rank.down.to(self.dtype)
+            kept[f"{self.name}:up"] = in_dtype(self.low_rank.up, self.dtype, self.name)
+            kept[f"{self.name}:down"] = in_dtype(self.low_rank.down, self.dtype, self.name)
             if self.low_rank.spectrum is not None:
                 kept[f"{self.name}:spectrum"] = self.low_rank.spectrum
         if self.rows is not None:

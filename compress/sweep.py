@@ -26,7 +26,7 @@ from compress.reconstruct import BlockForward
 from compress.redo import mend
 from compress.report import BlockLine, LedgerLine
 from compress.spread import spread_of
-from compress.state import LinearState, kept_low_rank, kept_of, kept_weight
+from compress.state import LinearState, in_dtype, kept_low_rank, kept_of, kept_weight
 from compress.training_store import TrainingStore
 from compress.walk import Walk
 
@@ -257,7 +257,7 @@ class Sweep:
         for name, value in block.parameters.items():
             if value is not untouched[name]:
                 stored = self.lock.checkpoint.tensors[self.skeleton.stored[prefix + name]].torch_dtype
-                artifact[f"{prefix}{name}:parameter"] = value.to(stored)
+                artifact[f"{prefix}{name}:parameter"] = in_dtype(value, stored, prefix + name)
                 self._put(module, index, prefix + name, artifact[f"{prefix}{name}:parameter"])
         artifact |= {prefix + key: value.cpu() for key, value in block.found.items()}
         self._exchange(index, module, artifact, {} if self.run.world.rank else artifact)

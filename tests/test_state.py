@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from compress.checkpoint import lay_out, slots_of, write_shard
-from compress.invariants import all_finite
+from compress.errors import RunError
 from compress.passes import Moments, SparseGPT, Statistics
 from compress.state import (
     LinearState,
     Pattern,
+    all_finite,
     lowest,
     lowest_in_groups,
     lowest_of_all,
@@ -276,3 +277,16 @@ def test_finite_is_what_holds_neither_nan_nor_infinity(dtype: torch.dtype, wrong
     values[7 : 7 + len(wrong)] = torch.tensor(wrong, dtype=dtype)
     assert all_finite(values) == (not wrong)
     assert all_finite(values.sign() if not wrong else values) == (not wrong)
+
+
+def test_what_float16_does_not_hold_is_refused():
+    weight = torch.tensor([[1.0, -65519.0], [2.0, 65520.0]])  # halfway to 2¹⁶ is the first that is rounded up
+    for dtype in (torch.bfloat16, torch.float32):
+        LinearState("q_proj", weight, weight, dtype).settle()
+    state = LinearState("q_proj", weight[:1], weight[:1], torch.float16)
+    state.settle()
+    assert state.tensors()["q_proj:weight"].abs().max() == 65504
+    for refused in (LinearState.settle, LinearState.tensors):
+        with pytest.raises(RunError, match="a value of 65,520 is more than float16 holds") as raised:
+            refused(LinearState("q_proj", weight, weight, torch.float16))
+        assert raised.value.where == "q_proj"

@@ -258,13 +258,13 @@ def gate_of(directory: Path, options: dict[str, Any]) -> Gate:
     Raises:
         PlanError: an option cannot be.
     """
-    from compress.plan import load_plan
+    from compress.plan import load_gate
 
     plan = directory / "plan.toml"
-    stated = load_plan(plan).gate if plan.is_file() else None
+    stated = load_gate(plan) if plan.is_file() else {}
     given = {key: value for key, value in options.items() if value is not None and value != ()}
     try:
-        return Gate(**((stated.model_dump(exclude_unset=True) if stated else {}) | given))
+        return Gate(**(stated | given))
     except ValidationError as error:
         raise _refusal(error) from None
 

@@ -303,3 +303,15 @@ def test_names_of_a_baselines_tasks_are_looked_up(folder: Path, capsys: pytest.C
     (folder / "mine" / "own.yaml").write_text("task: own\n")
     changed(folder / "base.json", include_path="mine")
     check_tasks(load_plan("plan.toml"))
+
+
+def test_a_pass_of_ones_own_need_not_be_there_for_the_gate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the plan beside an output the gate reads its own table."""
+    command(capsys, "baseline", "model", "--tasks", PAIRS, "--out", "base.json")
+    plan = (PLAN + GATED).replace('use = "', 'use = "elsewhere:')
+    (folder / "model" / "plan.toml").write_text(plan)
+    command(capsys, "gate", "model", "--baseline", "base.json")
+    result = json.loads((folder / "model" / "gate.json").read_text())
+    assert next(one["margin"] for one in result["comparisons"] if one["verdict"]) == 0.9
+    (folder / "model" / "plan.toml").write_text("gate = 1")
+    assert "gate is no table" in refused(capsys, "gate", "model", "--baseline", "base.json")
