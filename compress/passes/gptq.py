@@ -47,7 +47,8 @@ class GPTQ(QuantizingPass):
         pruned = None if linear.mask is None else ~linear.mask.T  # (in, out)
         ranges = None
         if factor.order is not None:
-            ranges = fit_groups(weight, spec, linear.dtype, clip=self.clip, importance=moments.squares)
+            weighed = moments.squares + factor.damping * moments.squares.mean()  # the diagonal of H_λ: dead ones, too
+            ranges = fit_groups(weight, spec, linear.dtype, clip=self.clip, importance=weighed)
             weight = weight[:, factor.order]
             pruned = None if pruned is None else pruned[factor.order]
         on_grid = OnGrid(

@@ -206,7 +206,7 @@ def test_it_is_the_textbook_loop(settings: dict[str, Any], masked: bool, order: 
             damped(inputs, 0.01),
             mask=mask if masked else None,
             order=squares.argsort(descending=True).tolist() if order == "activation" else None,
-            importance=squares,
+            importance=damped(inputs, 0.01).diagonal(),
             **settings,
         )
         assert state.grid is not None
@@ -349,6 +349,16 @@ def test_the_unit_of_the_inputs_changes_nothing_beside_dead_columns(order: str, 
     found = [gptq(weight, moments_of(scale * inputs), **settings)[0].weight for scale in (1.0, 2.0**-12, 2.0**12)]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@both_orders
+def test_dead_columns_take_part_in_the_range_of_their_group(order: str) -> None:
+    """What calibration did not see may be seen later: its weights are not clipped for nothing."""
+    weight, inputs, _ = problem(12)
+    inputs[:, 0] = 0.0
+    weight[:, 0] = 4 * weight.abs().max()
+    state, _ = gptq(weight, moments_of(inputs * 1e-3), bits=8, group_size=-1, symmetric=True, order=order, clip="mse")
+    torch.testing.assert_close(state.weight[:, 0], weight[:, 0], rtol=0.1, atol=0)
 
 
 # ---------------------------------------------------------------- (d) Babai's nearest plane
