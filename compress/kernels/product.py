@@ -11,7 +11,7 @@ A program works on 16 · tiles rows of W a warp. Its warps are `across` rows tim
 take every `along`-th step, and their sums are added in one fixed order: the same input gives the same bits.
 """
 
-# ruff: noqa: RET505, RUF005 (Triton compiles what is not returned from, and adds tuples)
+# ruff: noqa: RET505 (Triton compiles what is not returned from)
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from compress.kernels.instructions import arrived, decode, mma, mma_sparse, room, times, twice
-from compress.kernels.reading import begin, quarters, read, read_x, take
+from compress.kernels.reading import begin, quarters, read, read_x, take, zeros
 
 INTEGERS = ["M", "N", "tiles", "steps", "rank", "one"]
 
@@ -33,14 +33,6 @@ def _floats(pair, BF16: tl.constexpr):
         low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
         high = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
         return low.to(tl.float32), high.to(tl.float32)
-
-
-@triton.jit
-def _zeros(COUNT: tl.constexpr, THREADS: tl.constexpr):
-    found = ()
-    for _ in tl.static_range(COUNT):
-        found = found + (tl.zeros((THREADS,), tl.float32),)
-    return found
 
 
 @triton.jit
@@ -126,7 +118,7 @@ def product_kernel(
     scales_at: tl.constexpr = words_of_tile + positions_of_tile
     a_group: tl.constexpr = 2 if ZEROS else 1
     each: tl.constexpr = scales_at + (STEP // GROUP * a_group if CODES else 0)
-    total = _zeros(4 * T * NT, THREADS)
+    total = zeros(4 * T * NT, THREADS)
     if AHEAD > 1:
         slot: tl.constexpr = 128 * T * each  # bytes of a step
         SLOTS: tl.constexpr = AHEAD + 1
@@ -170,7 +162,7 @@ def product_kernel(
                         offsets = offsets + _same(MIDDLE0, MIDDLE1, THREADS)
                     scales = scales + (twice(pair) if SCALED else _floats(pair, BF16))
                 if not SCALED:
-                    part = _zeros(4 * T * NT, THREADS)
+                    part = zeros(4 * T * NT, THREADS)
             if AHEAD_X:
                 xs = coming_x
                 if b * 32 + 32 < STEP:

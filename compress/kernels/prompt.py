@@ -36,15 +36,7 @@ from compress.kernels.instructions import (
     twice,
     warpgroup,
 )  # fmt: skip
-from compress.kernels.reading import read
-
-
-@triton.jit
-def _zeros(COUNT: tl.constexpr, THREADS: tl.constexpr):
-    found = ()
-    for _ in tl.static_range(COUNT):
-        found = found + (tl.zeros((THREADS,), tl.float32),)
-    return found
+from compress.kernels.reading import read, zeros
 
 
 @triton.jit
@@ -138,7 +130,7 @@ def prompt_kernel(
     for early in tl.static_range(STAGES - 1):
         column = ((early // PARTS * ALONG + along) * PARTS + early % PARTS) * 64
         _bring(x, base, early, M, columns, first, column, mine, BM, SOME)
-    total = _zeros(BM // 2, THREADS)
+    total = zeros(BM // 2, THREADS)
     here = read(words, positions, scale, offset, tile, tiles, steps, along, lane,
                 CODES, SPARSE, ZEROS, GROUP, STEP, 1, False)  # fmt: skip
     scales, offsets = here[0:2], here[0:2]
