@@ -20,13 +20,7 @@ from compress.errors import PlanError
 from compress.estimate_training import fisher, reconstruction, refitted, refitting, training, wanting
 from compress.journal import work_directory
 from compress.memory import KEPT, resident_memory
-from compress.passes.eora import SMALL, EoRA
-from compress.passes.gptq import GPTQ
-from compress.passes.grid_search import ROWS, SYSTEMS
 from compress.passes.perp import PERP
-from compress.passes.rtn import RTN
-from compress.passes.sparsegpt import SparseGPT
-from compress.passes.width import WidthPruning
 from compress.report import human_bytes
 from compress.training import Training
 from compress.walk import batch_rows
@@ -154,7 +148,8 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     adding = 12 * max((width * panels(width)[0][1] for width in widths.values()), default=0)
     # Factoring holds three more matrices of a Gram's size beside the weight; solving, the factor and the whole Gram.
     factor, held = (3 * square + 8 * largest.weights if square else 0), 2 * square
-    solve += max((_beyond(linear, one) for linear in done for _, one in linear.passes), default=0)
+    beyond = (one.solving_bytes(n.out_features, n.in_features) for n in done for _, one in n.passes)
+    solve += max(beyond, default=0)
     seeing = written * overlap + forward + 8 * grams + adding
     busiest = max(seeing, 4 * grams + kept + max(factor, held + solve))
     phases = {"blocks": base + light + block + flow + busiest + KEPT}  # the heap keeps so much when it is freed
@@ -179,20 +174,6 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     if lock.ends and (lock.plan.gate or (lock.plan.evaluate and lock.plan.evaluate.tasks)):
         phases["tasks"] = base + _tasks(lock, sum(sizes.values()))
     return phases
-
-
-def _beyond(linear: Linear, one: Pass) -> int:
-    """Bytes that a pass needs beyond what most hold while a linear is solved: float64, systems of equations."""
-    square, smaller = linear.in_features**2, min(linear.out_features, linear.in_features)
-    if isinstance(one, EoRA) and one.rank * SMALL > smaller:  # else no product with H in float64 is made
-        return (8 if smaller == linear.out_features else 48) * square + 16 * linear.weights
-    if isinstance(one, WidthPruning) and one.updates:  # H, its kept part and the factor of that
-        return 20 * square
-    if isinstance(one, (RTN, GPTQ)) and one.rescale and linear.grid:
-        return 3 * 8 * max(SYSTEMS, ROWS * linear.grid.groups(linear.in_features) ** 2)
-    if isinstance(one, SparseGPT) and one.least_squares:
-        return 16 * linear.weights
-    return 0
 
 
 def _tasks(lock: Lock, size: int) -> int:

@@ -180,6 +180,10 @@ class Pass(Settings):
         """A text file of its own that the pass trains on instead; None for the calibration set."""
         return None
 
+    def solving_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes beyond what most passes hold while a linear is solved, such as matrices in float64."""
+        return 0
+
     def needs_fisher(self) -> bool:
         """Whether the pass wants the diagonal Fisher information of the dense model, as `linear.fisher`."""
         return False

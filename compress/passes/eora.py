@@ -81,6 +81,13 @@ class EoRA(LinearPass):
             problem = f"rank {self.rank} is above {most}, the smaller side of a {out_features} × {in_features} linear"
             raise SettingError(problem, f"rank = {most} or less; a [[pass.where]] can give some linears another")
 
+    def solving_bytes(self, out_features: int, in_features: int) -> int:
+        """Products with H in float64, unless the rank is small."""
+        smaller = min(out_features, in_features)
+        if self.rank * SMALL <= smaller:
+            return 0
+        return (8 if smaller == out_features else 48) * in_features**2 + 16 * out_features * in_features
+
     def apply(self, linear: LinearState, moments: Moments) -> Note:
         """Find the branch of one linear."""
         missing = linear.dense - linear.base()

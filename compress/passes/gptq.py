@@ -21,7 +21,7 @@ from pydantic import Field
 
 from compress.passes.base import LinearState, Moments, Note, Statistics
 from compress.passes.column_solver import ColumnRule, OnGrid, solve_columns
-from compress.passes.grid_search import fit_groups, rescaled
+from compress.passes.grid_search import fit_groups, rescaled, rescaling_bytes
 from compress.passes.quantizing import QuantizingPass
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class GPTQ(QuantizingPass):
     rescale: bool = Field(default=False, description="fit the scales to the codes, by least squares")
 
     statistics: ClassVar[Statistics] = Statistics.GRAM
+
+    def solving_bytes(self, out_features: int, in_features: int) -> int:
+        """The systems of equations for the scales."""
+        spec = self.grid()
+        return rescaling_bytes(spec.groups(in_features)) if self.rescale and spec else 0
 
     def apply(self, linear: LinearState, moments: Moments) -> Note:
         """Quantize one layer, under its mask."""

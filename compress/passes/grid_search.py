@@ -107,6 +107,11 @@ ROWS = 32  # of W at least, for which H is read once
 LOSS = 0.9  # of a scale, at most
 
 
+def rescaling_bytes(groups: int) -> int:
+    """What `rescaled` holds of systems of equations at a time, with the copies that solving them makes."""
+    return 3 * 8 * max(SYSTEMS, ROWS * groups**2)
+
+
 def rescaled(weight: Tensor, grid: Grid, gram: Tensor, dtype: torch.dtype) -> Grid:
     """The grid with the scales that fit its codes best; codes and zero-points stay.
 

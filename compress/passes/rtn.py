@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from compress.passes.base import LinearState, Moments, Note, Statistics
-from compress.passes.grid_search import fit_groups, grid_of, rescaled
+from compress.passes.grid_search import fit_groups, grid_of, rescaled, rescaling_bytes
 from compress.passes.quantizing import QuantizingPass
 
 
@@ -28,6 +28,11 @@ class RTN(QuantizingPass):
     def needed(self) -> Statistics:
         """The second moment of the input, to fit scales."""
         return Statistics.GRAM if self.rescale else Statistics.NONE
+
+    def solving_bytes(self, out_features: int, in_features: int) -> int:
+        """The systems of equations for the scales."""
+        spec = self.grid()
+        return rescaling_bytes(spec.groups(in_features)) if self.rescale and spec else 0
 
     def apply(self, linear: LinearState, moments: Moments) -> Note:
         """Choose scales, then round."""

@@ -71,6 +71,10 @@ class SparseGPT(GridSettings, PruningPass):
         super().check_shape(out_features, in_features)
         self.check_group(in_features)
 
+    def solving_bytes(self, out_features: int, in_features: int) -> int:
+        """Least squares are solved in float64."""
+        return 16 * out_features * in_features if self.least_squares else 0
+
     def apply(self, linear: LinearState, moments: Moments) -> Note:
         """Prune one layer and update the weights it keeps."""
         factor = moments.factor(self.damping)

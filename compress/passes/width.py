@@ -120,6 +120,10 @@ class WidthPruning(Narrowing, BlockPass):
             removed["heads"] = self.hidden
         return [width for width in architecture.widths if removed[width.name]]
 
+    def solving_bytes(self, out_features: int, in_features: int) -> int:
+        """H, its part of the columns that stay, and the factor of that."""
+        return 20 * in_features**2 if self.updates else 0
+
     def apply(self, block: BlockState) -> dict[str, Note]:
         """Choose the units of one block, refit their readers, and add up what the hidden width is chosen by."""
         if self.heterogeneous and block.spread is None:
