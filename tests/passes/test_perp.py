@@ -891,36 +891,46 @@ def test_norms_and_biases_beside_a_branch(sources: Callable[..., Path], tmp_path
     assert all(last < first for first, last in watch.losses)
 
 
+def grams_of_gptq(plan: compress.Plan) -> dict[str, Tensor]:
+    """What `gptq` is given in a run, by linear."""
+    seen: dict[str, Tensor] = {}
+    original = GPTQ.apply
+
+    def look(self: GPTQ, linear: Any, moments: Any) -> Any:
+        seen.setdefault(linear.name, moments.gram().clone().double())
+        return original(self, linear, moments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPTQ, "apply", look)
+        compress.run(plan)
+    return seen
+
+
+def gram_in(model: Any, leaf: str, plan: compress.Plan) -> Tensor:
+    """XᵀX of a linear in the first block of a model, on the calibration set."""
+    found: list[Tensor] = []
+    module = model.model.layers[0].get_submodule(leaf)
+    hook = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=watched_tokens(plan))
+    hook.remove()
+    x = found[0].double().flatten(0, 1)
+    return x.T @ x
+
+
 def test_what_comes_later_sees_trained_norms_and_embeddings(
     sources: Callable[..., Path], tmp_path: Path, watch: Watch
 ) -> None:
     """The first linear's moments are those of a model that has the emitted norms and embeddings."""
-    seen: dict[str, Any] = {}
-    original = GPTQ.apply
-
-    def look(self: GPTQ, linear: Any, moments: Any) -> Any:
-        seen.setdefault(linear.name, moments.gram().clone())
-        return original(self, linear, moments)
-
     source = sources("llama")
     one = PERP(train=("norms", "embeddings"), **(SHORT | {"learning_rate": 0.05}))
     plan = plan_of(source, tmp_path / "out", SparseGPT(pattern="2:4"), one, GPTQ(bits=4, group_size=16), EoRA(rank=2))
     assert compile_plan(plan).sweeps == ((0,), (1,), (2, 3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GPTQ, "apply", look)
-        compress.run(plan)
+    seen = grams_of_gptq(plan)
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     dense = AutoModelForCausalLM.from_pretrained(source / "model").eval()
-    grams = []
-    for model in (out, dense):
-        found: list[Tensor] = []
-        hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: found.append(args[0]))  # noqa: B023
-        with torch.no_grad():
-            model(input_ids=watched_tokens(plan))
-        hook.remove()
-        x = found[0].double().flatten(0, 1)
-        grams.append(x.T @ x)
-    gram = seen["model.layers.0.self_attn.q_proj"].double()
+    grams = [gram_in(model, "self_attn.q_proj", plan) for model in (out, dense)]
+    gram = seen["model.layers.0.self_attn.q_proj"]
     assert torch.allclose(gram, grams[0], rtol=1e-4, atol=1e-4 * float(gram.abs().max()))
     assert not torch.allclose(gram, grams[1], rtol=1e-2, atol=1e-2 * float(gram.abs().max()))
 
@@ -930,32 +940,18 @@ def test_a_quantizer_sees_the_inputs_that_a_reconstruction_has_left(
     sources: Callable[..., Path], tmp_path: Path, watch: Watch, refresh: str
 ) -> None:
     """The moments of the first block are those of a model that stops after the reconstruction."""
-    seen: dict[str, Any] = {}
-    original = GPTQ.apply
-
-    def look(self: GPTQ, linear: Any, moments: Any) -> Any:
-        seen.setdefault(linear.name, moments.gram().clone())
-        return original(self, linear, moments)
-
     settings = SHORT | {"learning_rate": 0.05}
     one = PERP(mode="reconstruct", train=("norms", "low_rank"), variant="masklora", **settings)
     steps = (SparseGPT(pattern="2:4"), one)
     compress.run(plan_of(sources("llama"), tmp_path / "repaired", *steps, refresh=refresh))
     plan = plan_of(sources("llama"), tmp_path / "out", *steps, GPTQ(bits=8, group_size=16), refresh=refresh)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GPTQ, "apply", look)
-        compress.run(plan)
+    seen = grams_of_gptq(plan)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "repaired").eval()
     for leaf in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"):
-        found: list[Tensor] = []
-        module = model.model.layers[0].get_submodule(leaf)
-        hook = module.register_forward_pre_hook(lambda _, args: found.append(args[0]))  # noqa: B023
-        with torch.no_grad():
-            model(input_ids=watched_tokens(plan))
-        hook.remove()
-        x = found[0].double().flatten(0, 1)
-        gram = seen[f"model.layers.0.{leaf}"].double()
-        assert float((gram - x.T @ x).norm()) < 0.02 * float(gram.norm()), leaf  # the linears before it have 8 bits
+        gram = seen[f"model.layers.0.{leaf}"]
+        assert float((gram - gram_in(model, leaf, plan)).norm()) < 0.02 * float(gram.norm()), (
+            leaf
+        )  # the linears before it have 8 bits
 
 
 def test_the_same_plan_gives_the_same_bytes(sources: Callable[..., Path], tmp_path: Path) -> None:
