@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from compress.calibration.tokens import TokenSet
+    from compress.execution import Execution
     from compress.lock import Lock
-    from compress.pipeline import Execution
 
 OUTSIDE = -1  # the "block" of parameters that belong to none
 

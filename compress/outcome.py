@@ -48,9 +48,9 @@ from compress.track import track
 
 if TYPE_CHECKING:
     from compress.distributed import World
+    from compress.execution import Execution
     from compress.export.huggingface import FinalTensors
     from compress.lock import Lock
-    from compress.pipeline import Execution
 
 
 def plan_digest(lock: Lock) -> str:

@@ -31,9 +31,9 @@ from compress.training_store import TrainingStore
 from compress.walk import Walk
 
 if TYPE_CHECKING:
+    from compress.execution import Execution
     from compress.flows import Activations
     from compress.lock import Linear, Lock
-    from compress.pipeline import Execution
 
 Surveyed = dict[int, dict[str, dict[str, Any]]]  # settings that surveys found, by pass and linear
 

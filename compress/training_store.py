@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from compress.pipeline import Execution
+    from compress.execution import Execution
 
 
 class TrainingStore:

@@ -387,7 +387,7 @@ def test_a_model_that_changes_while_a_run_is_stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("compress.pipeline.export", stop)
+        patch.setattr("compress.execution.export", stop)
         assert command(capsys, "plan.toml").code == 130
     reweigh(UP, lambda weight: weight + 1)
     message = refused(capsys, "plan.toml")

@@ -443,7 +443,7 @@ def test_a_resumed_run_needs_only_the_rest_of_the_disk(
 ) -> None:
     """What the journal holds already is not asked for again."""
     needed = json.loads(command(capsys, "check", "plan.toml", "--json").out)["disk_bytes"]
-    monkeypatch.setattr("compress.pipeline.export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("compress.execution.export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command(capsys, "plan.toml").code == 130
     monkeypatch.undo()
     monkeypatch.chdir(folder)
@@ -565,7 +565,7 @@ def test_a_signal_at_other_moments(
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(f"compress.pipeline.{moment}", interrupted)
+            patch.setattr(f"compress.execution.{moment}", interrupted)
             result = command(capsys, "plan.toml")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:

@@ -361,7 +361,7 @@ def test_calibration_tokens_that_cannot_be_made_again(folder: Path, monkeypatch:
     flip(work / "calibration.safetensors", 99)
     with monkeypatch.context() as patch:
         other = TokenSet(torch.ones(90, 24, dtype=torch.int64), torch.ones(90, 24, dtype=torch.bool))
-        patch.setattr("compress.pipeline.make_tokens", lambda *_: other)
+        patch.setattr("compress.execution.make_tokens", lambda *_: other)
         for _ in range(2):
             with pytest.raises(RunError, match="no longer gives the same"):
                 run(folder)

@@ -188,7 +188,7 @@ def test_another_text_is_another_run(made: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_set_is_not_published(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress import pipeline
+    from compress import execution
 
     def damaged(lock: Any, kept: Any, directory: Path) -> None:
         original(lock, kept, directory)
@@ -197,8 +197,8 @@ def test_a_damaged_set_is_not_published(folder: Path, monkeypatch: pytest.Monkey
         data[-1] ^= 1
         path.write_bytes(bytes(data))
 
-    original = pipeline.write_sets
-    monkeypatch.setattr(pipeline, "write_sets", damaged)
+    original = execution.write_sets
+    monkeypatch.setattr(execution, "write_sets", damaged)
     with pytest.raises(RunError, match="of the set a differs from what was trained"):
         run(folder, QUANTIZER, peqa("a", folder), form="gptq")
     assert not (folder / "out").exists()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import pipeline
+from compress import execution
 from compress.calibration.moments import Moments, Statistics
 from compress.checkpoint import Checkpoint
 from compress.compiling import compile_plan
@@ -216,7 +216,7 @@ def test_a_run_whose_output_was_damaged_publishes_nothing(tmp_path: Path, monkey
         path.write_bytes(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "export", damaged)
+        patch.setattr(execution, "export", damaged)
         with pytest.raises(RunError, match="verification failed"):
             compress.run(plan)
     assert not (tmp_path / "out").exists()
