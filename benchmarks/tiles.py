@@ -47,23 +47,29 @@ def candidates(kind: str, shape: tuple[int, int], rows: int, processors: int) ->
     if rows > FEW:
         return list(multiply_prompt.TILES)
     tiles, steps = shape[0] // 16, shape[1] // 128
-    found = {multiply.tile_for(rows, fragments(kind, *shape), processors): None}
-    for size, along, ahead, eights in product(range(1, 9), (2, 4, 8, 16), (0, 1, 3, 7), {1, -(-rows // 8)}):
-        programs = -(-tiles // size)
-        even = tiles / (-(-programs // processors) * processors * size)
-        warps = along * programs / processors
+    chosen = multiply.tile_for(rows, fragments(kind, *shape), processors)
+    found = {chosen: None, chosen._replace(once=True): None, chosen._replace(once=True, early=chosen.arranged): None}
+    cuts = product(range(1, 9), (1, 2, 4), (2, 4, 8, 16), (0, 1, 3, 7), {1, -(-rows // 8)})
+    for size, across, along, ahead, eights in cuts:
+        programs = -(-tiles // (size * across))
+        even = tiles / (-(-programs // processors) * processors * size * across)
+        warps = across * along * programs / processors
         if (even < 0.9 and size > 2) or not 3 <= warps <= (36 if size == 1 else 24) or 2 * along > steps:
             continue
+        if across > 1 and (rows < 8 or even < 0.9 or size * across > 8 or across * along > 16):
+            continue  # they share x
         if size > 4 and (along > 8 or kind == "sparse24"):
             continue  # they spill
-        if ahead > 1 and (size > 4 or along * (ahead + 1) > min(1.5 * steps, ROOM / (size * STEP[kind]))):
+        if ahead > 1 and (size > 4 or along * (ahead + 1) > min(1.5 * steps, ROOM / (size * across * STEP[kind]))):
             continue
         if (ahead == 0 and size * eights < 8) or (eights * 8 < rows and size > 2) or eights > 2:
             continue
-        for arranged in {True} if eights > 1 else {kind != "int4" and rows > 2, size > 1 or kind != "int4"}:
-            found[Tile(eights, size, 1, along, arranged, False, ahead)] = None
+        some = {True} if size > 1 and eights > 1 else {False, True} if kind == "int4" else {rows > 2}
+        for arranged in some | ({True} if kind != "int4" or size > 1 or eights > 1 else set()):
+            tile = Tile(eights, size, across, along, arranged, False, ahead, once=True, early=arranged)
+            found[tile] = None
             if size > 4 and ahead == 1 and eights > 1:
-                found[Tile(eights, size, 1, along, arranged, True, ahead)] = None
+                found[tile._replace(scaled=True)] = None
     return list(found)
 
 

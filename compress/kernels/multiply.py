@@ -41,6 +41,8 @@ class Tile(NamedTuple):
         scaled: whether scales are applied to numbers rather than to sums.
         ahead: steps of W that are read while one is multiplied, one in registers, 3 or 7 through shared memory; and
             a part of x, where a warp has one tile.
+        once: whether warps that share the columns add their sums behind one barrier, not behind several for each sum.
+        early: whether this kernel may start before the one that puts x in order does, where one does.
     """
 
     eights: int
@@ -50,6 +52,8 @@ class Tile(NamedTuple):
     arranged: bool
     scaled: bool
     ahead: int
+    once: bool = False  # this and the next: not chosen yet
+    early: bool = False
 
 
 class WideTile(NamedTuple):
@@ -210,7 +214,7 @@ def launch(
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
     grid = (-(-w.tiles // (tile.tiles * tile.across)), -(-rows // (8 * tile.eights)))
     product_kernel[grid](
-        arrange(x, w, grid[1], tile.eights, dependent=dependent) if tile.arranged else x,
+        arrange(x, w, grid[1], tile.eights, early=tile.early, dependent=dependent) if tile.arranged else x,
         *pointers(w),
         w.words if up is None else up,
         x if dx is None else dx,
@@ -312,19 +316,20 @@ def cut(tile: Tile, w: Fragments, *, branch: bool) -> dict[str, int | bool]:
         "SCALED": tile.scaled and w.scale is not None,
         "AHEAD": tile.ahead,
         "AHEAD_X": tile.arranged or (tile.ahead > 0 and tile.tiles == 1),
+        "ONCE": tile.once and tile.along > 1,
     }
 
 
-def arrange(x: Tensor, w: Fragments, programs: int, eights: int, *, dependent: bool = False) -> Tensor:
+def arrange(
+    x: Tensor, w: Fragments, programs: int, eights: int, *, early: bool = False, dependent: bool = False
+) -> Tensor:
     """Rows x in the order of the second operand, filled up to so many programs with so many eights of rows."""
     blocks = w.columns // 32
     made = torch.empty(programs, blocks, eights, 256, dtype=x.dtype, device=x.device)
     rows, x = x.shape[0], of_pairs(x)
     grid = (-(-blocks * 128 // 1024), programs * eights)
-    sparse = w.positions is not None
-    arrange_kernel[grid](
-        x, made, rows, x.shape[1] // 2, blocks, eights, SPARSE=sparse, BLOCK=1024, **FUSED, **chained(dependent)
-    )
+    fixed = {"SPARSE": w.positions is not None, "BLOCK": 1024, "EARLY": early}
+    arrange_kernel[grid](x, made, rows, x.shape[1] // 2, blocks, eights, **fixed, **FUSED, **chained(dependent))
     return made
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compress.kernels.instructions import arrived, decode, mma, mma_sparse, room, times, twice
+from compress.kernels.instructions import arrived, decode, keep, mma, mma_sparse, room, shared, times, twice
 from compress.kernels.reading import begin, quarters, read, read_x, take, zeros
 
 INTEGERS = ["M", "N", "tiles", "steps", "rank", "one"]
@@ -47,6 +47,16 @@ def _scaled(total, part, f0, f1, AT: tl.constexpr):
         total[AT + 1] + part[AT + 1] * f0,
         total[AT + 2] + part[AT + 2] * f1,
         total[AT + 3] + part[AT + 3] * f1,
+    )
+
+
+@triton.jit
+def _added(sums, words):
+    return (
+        sums[0] + words[0].to(tl.float32, bitcast=True),
+        sums[1] + words[1].to(tl.float32, bitcast=True),
+        sums[2] + words[2].to(tl.float32, bitcast=True),
+        sums[3] + words[3].to(tl.float32, bitcast=True),
     )
 
 
@@ -101,6 +111,7 @@ def product_kernel(
     SCALED: tl.constexpr,  # whether scales are applied to the numbers
     AHEAD: tl.constexpr,  # steps of W that are on their way: one in registers, more (2ⁿ − 1) in shared memory
     AHEAD_X: tl.constexpr,  # whether x is
+    ONCE: tl.constexpr,  # whether warps along columns add their sums behind one barrier
     DEPENDENT: tl.constexpr,  # whether the kernel before may still run: W is read first, x when it has ended
 ):
     """16 · T · ACROSS rows of W by 8 · NT rows of x."""
@@ -119,10 +130,13 @@ def product_kernel(
     a_group: tl.constexpr = 2 if ZEROS else 1
     each: tl.constexpr = scales_at + (STEP // GROUP * a_group if CODES else 0)
     total = zeros(4 * T * NT, THREADS)
+    slot: tl.constexpr = 128 * T * each  # bytes of a step
+    SLOTS: tl.constexpr = AHEAD + 1
     if AHEAD > 1:
-        slot: tl.constexpr = 128 * T * each  # bytes of a step
-        SLOTS: tl.constexpr = AHEAD + 1
-        base = room(thread, ACROSS * ALONG * SLOTS * slot) + warp * (SLOTS * slot)
+        for_steps: tl.constexpr = ACROSS * ALONG * SLOTS * slot
+        for_sums: tl.constexpr = THREADS * 16 * T * NT if ONCE else 0
+        own = room(thread, max(for_steps, for_sums))
+        base = own + warp * (SLOTS * slot)
         for ahead in tl.static_range(AHEAD):
             begin(base + ahead * slot, words, positions, scale, offset, tile, tiles, steps, ahead * ALONG + along, lane,
                   CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
@@ -221,28 +235,54 @@ def product_kernel(
                     o = total[4 * (NT * i + j) : 4 * (NT * i + j + 1)]
                     after = after + _mma(a, d[0], d[1], o, BF16)
             total = after
-    place = tl.arange(0, 32 * ACROSS)
-    first = tl.minimum((tl.program_id(0) * ACROSS + place // 32) * T, tiles - T) * 16 + place % 32 // 4
-    row = block * 8 + 2 * (place % 4)
-    for i in tl.static_range(T):
-        for j in tl.static_range(NT):
+    if ONCE:
+        if AHEAD > 1:
+            arrived(thread, 0)
+            tl.debug_barrier()
+        else:
+            own = room(thread, THREADS * 16 * T * NT)
+        for i in tl.static_range(T * NT):
+            keep(own + thread * 16 + i * (THREADS * 16), total[4 * i : 4 * i + 4])
+        tl.debug_barrier()
+        for turn in tl.static_range((T * NT + ALONG - 1) // ALONG):  # warps along columns share the fours
+            four = turn * ALONG + along
+            at = own + tl.minimum(four, T * NT - 1) * (THREADS * 16) + (across * 32 + lane) * 16
+            sums = zeros(4, THREADS)
+            for other in tl.static_range(ALONG):
+                sums = _added(sums, shared(at, 4, other * (ACROSS * 512)))
+            n = (tile + four // NT) * 16 + g
+            m = (block + four % NT) * 8 + 2 * t
             for r in tl.static_range(4):
-                sums = tl.sum(tl.reshape(total[4 * (NT * i + j) + r], (ALONG, 32 * ACROSS)), 0)
-                n = first + 16 * i + 8 * (r // 2)
-                m = row + 8 * j + r % 2
-                tl.store(y + m.to(tl.int64) * N + n, sums.to(y.dtype.element_ty), mask=(m < M) & (n < N))
+                there = (four < T * NT) & (m + r % 2 < M) & (n + 8 * (r // 2) < N)
+                pointer = y + (m + r % 2).to(tl.int64) * N + (n + 8 * (r // 2))
+                tl.store(pointer, sums[r].to(y.dtype.element_ty), mask=there)
+    else:
+        place = tl.arange(0, 32 * ACROSS)
+        first = tl.minimum((tl.program_id(0) * ACROSS + place // 32) * T, tiles - T) * 16 + place % 32 // 4
+        row = block * 8 + 2 * (place % 4)
+        for i in tl.static_range(T):
+            for j in tl.static_range(NT):
+                for r in tl.static_range(4):
+                    sums = tl.sum(tl.reshape(total[4 * (NT * i + j) + r], (ALONG, 32 * ACROSS)), 0)
+                    n = first + 16 * i + 8 * (r // 2)
+                    m = row + 8 * j + r % 2
+                    tl.store(y + m.to(tl.int64) * N + n, sums.to(y.dtype.element_ty), mask=(m < M) & (n < N))
 
 
 @triton.jit(do_not_specialize=["M", "columns", "blocks", "eights"])
 def arrange_kernel(x, made, M, columns, blocks, eights, SPARSE: tl.constexpr, BLOCK: tl.constexpr,
-                   DEPENDENT: tl.constexpr):  # fmt: skip
+                   EARLY: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
     """Rows x (M, columns) of pairs → (programs, blocks of 32 columns, eights of rows, 32 lanes, 4), filled up with 0.
 
-    The eights of rows of a program are beside each other, so that it needs one pointer for all.
+    The eights of rows of a program are beside each other, so that it needs one pointer for all. `EARLY`: the product
+    may begin to read W while the kernel before this one still runs. It waits for this one, and so for both.
     """
     if DEPENDENT:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     block, lane, r = number // 128, number // 4 % 32, number % 4
     row, t = tl.program_id(1) * 8 + lane // 4, lane % 4

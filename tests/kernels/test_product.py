@@ -141,6 +141,28 @@ def test_what_comes_through_shared_memory_is_the_same(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("tile", "rows"),
+    [
+        (multiply.Tile(1, 1, 1, 8, False, False, 1, once=True), 5),
+        (multiply.Tile(2, 1, 2, 4, True, False, 1, once=True, early=True), 16),
+        (multiply.Tile(2, 3, 2, 2, True, False, 3, once=True), 13),
+        (multiply.Tile(4, 2, 1, 4, True, True, 0, once=True), 33),
+        (multiply.Tile(1, 5, 1, 1, True, False, 0, once=True), 7),
+    ],
+    ids=lambda one: " ".join(str(int(part)) for part in one) if isinstance(one, tuple) else None,
+)
+def test_sums_that_are_added_behind_one_barrier(kind: str, tile: multiply.Tile, rows: int) -> None:
+    """Of every output, also where neither tiles nor rows fill the programs; with a branch."""
+    out, width = 90, 640
+    weight, exact = weight_of(kind, out, width, torch.float16, 5)
+    x, dx, up = (torch.randn(shape).half() for shape in ((rows, width), (rows, 16), (out, 16)))
+    found = multiply.launch(tile, x, weight, out, arrange_up(up), dx)
+    wanted = x.double() @ exact.T + dx.double() @ up.double().T
+    assert float((found.double() - wanted).abs().max()) <= 2**-9 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("out", "width", "group", "symmetric"), [(40, 128, 32, False), (17, 192, 96, True), (9, 40, -1, False)]
