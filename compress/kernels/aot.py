@@ -108,6 +108,7 @@ def usual(arch: int) -> Iterator[Configuration]:
         yield Configuration("product", kind, "fp16", most[kind])
         yield Configuration("portable", kind, "fp16", multiply_portable.TILES[1])
     yield Configuration("product", "int4", "bf16", least["int4"])
+    yield Configuration("product", "int4", "fp16", most["int4"]._replace(once=True))
     yield Configuration("product", KINDS[2], "bf16", least[KINDS[2]], 32, offsets=True, branch=True, even=False)
     yield Configuration("weight", "int4", "bf16", offsets=True)
     yield Configuration("portable_weight", KINDS[2], "fp16", offsets=True)

@@ -132,9 +132,10 @@ def product_kernel(
     total = zeros(4 * T * NT, THREADS)
     slot: tl.constexpr = 128 * T * each  # bytes of a step
     SLOTS: tl.constexpr = AHEAD + 1
+    FOURS: tl.constexpr = min(T * NT, 2048 // THREADS)  # of sums that are added at once: 32 KiB
     if AHEAD > 1:
         for_steps: tl.constexpr = ACROSS * ALONG * SLOTS * slot
-        for_sums: tl.constexpr = THREADS * 16 * T * NT if ONCE else 0
+        for_sums: tl.constexpr = THREADS * 16 * FOURS if ONCE else 0
         own = room(thread, max(for_steps, for_sums))
         base = own + warp * (SLOTS * slot)
         for ahead in tl.static_range(AHEAD):
@@ -238,24 +239,27 @@ def product_kernel(
     if ONCE:
         if AHEAD > 1:
             arrived(thread, 0)
-            tl.debug_barrier()
         else:
-            own = room(thread, THREADS * 16 * T * NT)
-        for i in tl.static_range(T * NT):
-            keep(own + thread * 16 + i * (THREADS * 16), total[4 * i : 4 * i + 4])
-        tl.debug_barrier()
-        for turn in tl.static_range((T * NT + ALONG - 1) // ALONG):  # warps along columns share the fours
-            four = turn * ALONG + along
-            at = own + tl.minimum(four, T * NT - 1) * (THREADS * 16) + (across * 32 + lane) * 16
-            sums = zeros(4, THREADS)
-            for other in tl.static_range(ALONG):
-                sums = _added(sums, shared(at, 4, other * (ACROSS * 512)))
-            n = (tile + four // NT) * 16 + g
-            m = (block + four % NT) * 8 + 2 * t
-            for r in tl.static_range(4):
-                there = (four < T * NT) & (m + r % 2 < M) & (n + 8 * (r // 2) < N)
-                pointer = y + (m + r % 2).to(tl.int64) * N + (n + 8 * (r // 2))
-                tl.store(pointer, sums[r].to(y.dtype.element_ty), mask=there)
+            own = room(thread, THREADS * 16 * FOURS)
+        for some in tl.static_range(0, T * NT, FOURS):
+            if AHEAD > 1 or some > 0:
+                tl.debug_barrier()
+            for i in tl.static_range(some, min(some + FOURS, T * NT)):
+                keep(own + thread * 16 + (i - some) * (THREADS * 16), total[4 * i : 4 * i + 4])
+            tl.debug_barrier()
+            for turn in tl.static_range((FOURS + ALONG - 1) // ALONG):  # warps along columns share the fours
+                place = turn * ALONG + along
+                four = some + place
+                at = own + tl.minimum(place, FOURS - 1) * (THREADS * 16) + (across * 32 + lane) * 16
+                sums = zeros(4, THREADS)
+                for other in tl.static_range(ALONG):
+                    sums = _added(sums, shared(at, 4, other * (ACROSS * 512)))
+                n = (tile + four // NT) * 16 + g
+                m = (block + four % NT) * 8 + 2 * t
+                for r in tl.static_range(4):
+                    there = (place < FOURS) & (four < T * NT) & (m + r % 2 < M) & (n + 8 * (r // 2) < N)
+                    pointer = y + (m + r % 2).to(tl.int64) * N + (n + 8 * (r // 2))
+                    tl.store(pointer, sums[r].to(y.dtype.element_ty), mask=there)
     else:
         place = tl.arange(0, 32 * ACROSS)
         first = tl.minimum((tl.program_id(0) * ACROSS + place // 32) * T, tiles - T) * 16 + place % 32 // 4
