@@ -49,24 +49,26 @@ def candidates(kind: str, shape: tuple[int, int], rows: int, processors: int) ->
     tiles, steps = shape[0] // 16, shape[1] // 128
     chosen = multiply.tile_for(rows, fragments(kind, *shape), processors)
     found = {chosen: None, chosen._replace(once=True): None, chosen._replace(once=True, early=chosen.arranged): None}
-    cuts = product(range(1, 9), (1, 2, 4), (2, 4, 8, 16), (0, 1, 3, 7), {1, -(-rows // 8)})
-    for size, across, along, ahead, eights in cuts:
-        programs = -(-tiles // (size * across))
-        even = tiles / (-(-programs // processors) * processors * size * across)
+    cuts = product(range(1, 9), (1, 2, 4), (2, 4, 8, 16), (1, 2, 4), (0, 1, 3, 7), {1, -(-rows // 8)})
+    for size, across, along, split, ahead, eights in cuts:
+        programs, mine = -(-tiles // (size * across)) * split, size * across
+        even = tiles * split / (-(-programs // processors) * processors * mine)
         warps = across * along * programs / processors
-        if (even < 0.9 and size > 2) or not 3 <= warps <= (36 if size == 1 else 24) or 2 * along > steps:
+        if (even < 0.9 and size > 2) or not 3 <= warps <= (36 if size == 1 else 24) or 2 * along * split > steps:
             continue
-        if across > 1 and (rows < 8 or even < 0.9 or size * across > 8 or across * along > 16):
+        if across > 1 and (rows < 8 or even < 0.9 or mine > 8 or across * along > 16):
             continue  # they share x
-        if size > 4 and (along > 8 or kind == "sparse24"):
+        if split > 1 and (rows < 8 or tiles > 4 * processors or mine not in (4, 8) or size < 2 or ahead not in (1, 3)):
+            continue  # so do these, where W has few rows
+        if (size > 4 and along > 8) or (size > 2 and kind == "sparse24"):
             continue  # they spill
-        if ahead > 1 and (size > 4 or along * (ahead + 1) > min(1.5 * steps, ROOM / (size * across * STEP[kind]))):
+        if ahead > 1 and (size > 4 or along * (ahead + 1) > min(1.5 * steps, ROOM / (mine * STEP[kind]))):
             continue
         if (ahead == 0 and size * eights < 8) or (eights * 8 < rows and size > 2) or eights > 2:
             continue
-        some = {True} if size > 1 and eights > 1 else {False, True} if kind == "int4" else {rows > 2}
+        some = {True} if split > 1 or (size > 1 and eights > 1) else {False, True} if kind == "int4" else {rows > 2}
         for arranged in some | ({True} if kind != "int4" or size > 1 or eights > 1 else set()):
-            tile = Tile(eights, size, across, along, arranged, False, ahead, once=True, early=arranged)
+            tile = Tile(eights, size, across, along, arranged, False, ahead, True, arranged, split)
             found[tile] = None
             if size > 4 and ahead == 1 and eights > 1:
                 found[tile._replace(scaled=True)] = None
@@ -135,7 +137,8 @@ def lines(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     unique = {}
     for (kind, shape, rows), tiles in jobs.items():
         for tile in tiles:
-            unique.setdefault((kind, tile, shape[1] // 128 % tile.along), (kind, shape, rows, tile))
+            even = shape[1] // 128 % (tile.along * tile.split) == 0
+            unique.setdefault((kind, tile, even), (kind, shape, rows, tile))
     with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
         wrong = [one for one in pool.map(compile_one, unique.values()) if one]
     print(json.dumps({"compiled": len(unique), "seconds": time.monotonic() - began, "wrong": wrong[:9]}), flush=True)

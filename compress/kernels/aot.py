@@ -108,7 +108,7 @@ def usual(arch: int) -> Iterator[Configuration]:
         yield Configuration("product", kind, "fp16", most[kind])
         yield Configuration("portable", kind, "fp16", multiply_portable.TILES[1])
     yield Configuration("product", "int4", "bf16", least["int4"])
-    yield Configuration("product", "int4", "fp16", most["int4"]._replace(once=True))
+    yield Configuration("product", "int4", "fp16", most["int4"]._replace(once=True, split=2))
     yield Configuration("product", KINDS[2], "bf16", least[KINDS[2]], 32, offsets=True, branch=True, even=False)
     yield Configuration("weight", "int4", "bf16", offsets=True)
     yield Configuration("portable_weight", KINDS[2], "fp16", offsets=True)
@@ -146,7 +146,7 @@ class Job(NamedTuple):
     """What the compiler gets: kernel, its constants, its options, and weights of a lane in a turn of the loop."""
 
     kernel: Any
-    fixed: dict[str, int | bool]
+    fixed: dict[str, Any]
     options: dict[str, Any]
     weights: float
 
@@ -154,9 +154,12 @@ class Job(NamedTuple):
 def job_of(one: Configuration, arch: int) -> Job:
     """The kernel of a configuration, as it is launched."""
     weight = fragments(one.kind, 4096, 4096, one.group, offsets=one.offsets)
-    fixed, tile = constants(HALVES[one.half], weight) | {"DEPENDENT": arch >= 90}, one.tile
+    fixed: dict[str, Any] = constants(HALVES[one.half], weight) | {"DEPENDENT": arch >= 90}
+    tile = one.tile
     if isinstance(tile, Tile):
         fixed |= cut(tile, weight, branch=one.branch) | {"EVEN": one.even}
+        if tile.split == 1:
+            fixed |= {"partial": None, "counters": None}
         options = {"num_warps": tile.across * tile.along, "num_stages": 1} | FUSED | register_options(tile, weight)
         return Job(product_kernel, fixed, options, weight.step * 16 * tile.tiles / 32)
     if tile is None:
@@ -186,8 +189,8 @@ def compile_one(one: Configuration, arch: int) -> dict[str, Any]:
     """Compile a configuration for sm_`arch`, and measure its machine code."""
     kernel, fixed, options, weights = job_of(one, arch)
     names = list(kernel.arg_names)
-    pointers = dict.fromkeys(("x", "dx", "y", "w"), f"*{one.half}") | {"sums": "*fp32"}
-    pointers |= dict.fromkeys(("words", "positions", "kept", "scale", "offset", "zeros", "up"), "*i32")
+    pointers = dict.fromkeys(("x", "dx", "y", "w"), f"*{one.half}") | {"sums": "*fp32", "partial": "*fp32"}
+    pointers |= dict.fromkeys(("words", "positions", "kept", "scale", "offset", "zeros", "up", "counters"), "*i32")
     made = triton.compile(
         ASTSource(
             kernel,

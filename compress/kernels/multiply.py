@@ -43,6 +43,7 @@ class Tile(NamedTuple):
             a part of x, where a warp has one tile.
         once: whether warps that share the columns add their sums behind one barrier, not behind several for each sum.
         early: whether this kernel may start before the one that puts x in order does, where one does.
+        split: programs that share the columns, and add their sums through memory; where x is put in order first.
     """
 
     eights: int
@@ -52,8 +53,9 @@ class Tile(NamedTuple):
     arranged: bool
     scaled: bool
     ahead: int
-    once: bool = False  # this and the next: not chosen yet
+    once: bool = False  # this and what follows: not chosen yet
     early: bool = False
+    split: int = 1
 
 
 class WideTile(NamedTuple):
@@ -212,13 +214,20 @@ def launch(
     if not tile.arranged and x.shape[1] < w.columns:
         x = pad(x, (0, w.columns - x.shape[1]))
     y = torch.empty(rows, out_features, dtype=x.dtype, device=x.device)
-    grid = (-(-w.tiles // (tile.tiles * tile.across)), -(-rows // (8 * tile.eights)))
+    grid = (-(-w.tiles // (tile.tiles * tile.across)), -(-rows // (8 * tile.eights)), tile.split)
+    partial = counters = None
+    if tile.split > 1:
+        counters = torch.empty(grid[0] * grid[1], dtype=torch.int32, device=x.device)
+        sums = tile.split * tile.tiles * tile.eights * 32 * tile.across * 4  # of a program
+        partial = torch.empty(counters.numel() * sums, dtype=torch.float32, device=x.device)
     product_kernel[grid](
-        arrange(x, w, grid[1], tile.eights, early=tile.early, dependent=dependent) if tile.arranged else x,
+        arrange(x, w, grid[1], tile, counters, dependent=dependent) if tile.arranged else x,
         *pointers(w),
         w.words if up is None else up,
         x if dx is None else dx,
         y,
+        partial,
+        counters,
         rows,
         out_features,
         w.tiles,
@@ -309,28 +318,32 @@ def cut(tile: Tile, w: Fragments, *, branch: bool) -> dict[str, int | bool]:
     return {
         "RANK": branch,
         "ARRANGED": tile.arranged,
-        "EVEN": w.columns // w.step % tile.along == 0,
+        "EVEN": w.columns // w.step % (tile.along * tile.split) == 0,
         "NT": tile.eights,
         "T": tile.tiles,
         "ACROSS": tile.across,
         "ALONG": tile.along,
+        "SPLIT": tile.split,
         "SCALED": tile.scaled and w.scale is not None,
         "AHEAD": tile.ahead,
         "AHEAD_X": tile.arranged or (tile.ahead > 0 and tile.tiles == 1),
-        "ONCE": tile.once and tile.along > 1,
+        "ONCE": tile.once and tile.along * tile.split > 1,
     }
 
 
 def arrange(
-    x: Tensor, w: Fragments, programs: int, eights: int, *, early: bool = False, dependent: bool = False
+    x: Tensor, w: Fragments, programs: int, tile: Tile, counters: Tensor | None = None, *, dependent: bool = False
 ) -> Tensor:
-    """Rows x in the order of the second operand, filled up to so many programs with so many eights of rows."""
-    blocks = w.columns // 32
+    """Rows x in the order of the second operand, filled up to so many programs; `counters` become 0."""
+    blocks, eights = w.columns // 32, tile.eights
     made = torch.empty(programs, blocks, eights, 256, dtype=x.dtype, device=x.device)
     rows, x = x.shape[0], of_pairs(x)
     grid = (-(-blocks * 128 // 1024), programs * eights)
-    fixed = {"SPARSE": w.positions is not None, "BLOCK": 1024, "EARLY": early}
-    arrange_kernel[grid](x, made, rows, x.shape[1] // 2, blocks, eights, **fixed, **FUSED, **chained(dependent))
+    fixed = {"SPARSE": w.positions is not None, "BLOCK": 1024, "EARLY": tile.early}
+    fixed["COUNTERS"] = 0 if counters is None else counters.numel()
+    arrange_kernel[grid](
+        x, made, counters, rows, x.shape[1] // 2, blocks, eights, **fixed, **FUSED, **chained(dependent)
+    )
     return made
 
 

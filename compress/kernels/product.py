@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from compress.kernels.instructions import arrived, decode, keep, mma, mma_sparse, room, shared, times, twice
+from compress.kernels.instructions import arrived, decode, keep, mma, mma_sparse, put, room, shared, times, twice
 from compress.kernels.reading import begin, quarters, read, read_x, take, zeros
 
 INTEGERS = ["M", "N", "tiles", "steps", "rank", "one"]
@@ -61,6 +61,40 @@ def _added(sums, words):
 
 
 @triton.jit
+def _words(sums):
+    return (
+        sums[0].to(tl.int32, bitcast=True),
+        sums[1].to(tl.int32, bitcast=True),
+        sums[2].to(tl.int32, bitcast=True),
+        sums[3].to(tl.int32, bitcast=True),
+    )
+
+
+@triton.jit
+def _store(y, sums, tile, block, four, there, lane, M, N, NT: tl.constexpr):
+    """Four sums of a tile and eight rows of x, as `mma` has them."""
+    n = (tile + four // NT) * 16 + lane // 4
+    m = (block + four % NT) * 8 + lane % 4 * 2
+    for r in tl.static_range(4):
+        inside = there & (m + r % 2 < M) & (n + 8 * (r // 2) < N)
+        tl.store(y + (m + r % 2).to(tl.int64) * N + (n + 8 * (r // 2)), sums[r].to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_programs(y, partial, tile, block, along, lane, M, N, NT: tl.constexpr, T: tl.constexpr, ACROSS: tl.constexpr,
+                  ALONG: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+    """What programs that share the columns have put there, for this lane of one of them."""
+    for turn in tl.static_range((T * NT + ALONG - 1) // ALONG):
+        four = turn * ALONG + along
+        place = partial.to(tl.pointer_type(tl.int32)) + tl.minimum(four, T * NT - 1) * (32 * ACROSS * 4)
+        sums = zeros(4, 32 * ACROSS * ALONG)
+        for other in tl.static_range(SPLIT):
+            at = (place + other * (T * NT * 32 * ACROSS * 4))[:, None] + tl.arange(0, 4)[None, :]
+            sums = _added(sums, quarters(tl.load(at, cache_modifier=".cg")))
+        _store(y, sums, tile, block, four, four < T * NT, lane, M, N, NT)
+
+
+@triton.jit
 def _mma(a, b0, b1, c, BF16: tl.constexpr):
     return mma(a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3], BF16)
 
@@ -87,6 +121,8 @@ def product_kernel(
     up,
     dx,  # (M, 16 rank) halves
     y,  # (M, N) halves
+    partial,  # sums of programs that share the columns, and how many of these are done: or None
+    counters,
     M,
     N,
     tiles,
@@ -108,6 +144,7 @@ def product_kernel(
     T: tl.constexpr,  # tiles of a warp
     ACROSS: tl.constexpr,
     ALONG: tl.constexpr,
+    SPLIT: tl.constexpr,  # programs that share the columns: of T · ACROSS tiles, so that these are many
     SCALED: tl.constexpr,  # whether scales are applied to the numbers
     AHEAD: tl.constexpr,  # steps of W that are on their way: one in registers, more (2ⁿ − 1) in shared memory
     AHEAD_X: tl.constexpr,  # whether x is
@@ -120,6 +157,8 @@ def product_kernel(
     lane, warp = thread % 32, thread // 32
     g, t = lane // 4, lane % 4
     across, along = warp % ACROSS, warp // ACROSS
+    WAYS: tl.constexpr = ALONG * SPLIT
+    way = along + tl.program_id(2) * ALONG if SPLIT > 1 else along
     tile = tl.minimum((tl.program_id(0) * ACROSS + across) * T, tiles - T)
     block = tl.program_id(1) * NT
     pairs_of_x = x.to(tl.pointer_type(tl.int32))
@@ -139,25 +178,25 @@ def product_kernel(
         own = room(thread, max(for_steps, for_sums))
         base = own + warp * (SLOTS * slot)
         for ahead in tl.static_range(AHEAD):
-            begin(base + ahead * slot, words, positions, scale, offset, tile, tiles, steps, ahead * ALONG + along, lane,
+            begin(base + ahead * slot, words, positions, scale, offset, tile, tiles, steps, ahead * WAYS + way, lane,
                   CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
     elif AHEAD:
-        coming = read(words, positions, scale, offset, tile, tiles, steps, along, lane,
+        coming = read(words, positions, scale, offset, tile, tiles, steps, way, lane,
                        CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
     if AHEAD_X:
-        coming_x = read_x(pairs_of_x, block, M, steps, along, 0, lane, SPARSE, STEP, ARRANGED, NT)
-    for turn in tl.range(0, tl.cdiv(steps, ALONG)):
-        step = turn * ALONG + along
+        coming_x = read_x(pairs_of_x, block, M, steps, way, 0, lane, SPARSE, STEP, ARRANGED, NT)
+    for turn in tl.range(0, tl.cdiv(steps, WAYS)):
+        step = turn * WAYS + way
         if AHEAD > 1:
             arrived(thread, AHEAD - 1)
             here = take(base + turn % SLOTS * slot, lane, CODES, SPARSE, ZEROS, GROUP, STEP, T)
             begin(base + (turn + AHEAD) % SLOTS * slot, words, positions, scale, offset, tile, tiles, steps,
-                  step + AHEAD * ALONG, lane, CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
+                  step + AHEAD * WAYS, lane, CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
         elif AHEAD:
-            ahead = tl.minimum(step + ALONG, steps - 1) if EVEN else step + ALONG
+            ahead = tl.minimum(step + WAYS, steps - 1) if EVEN else step + WAYS
             here = coming
             coming = read(words, positions, scale, offset, tile, tiles, steps, ahead, lane,
                            CODES, SPARSE, ZEROS, GROUP, STEP, T, EVEN)  # fmt: skip
@@ -183,7 +222,7 @@ def product_kernel(
                 if b * 32 + 32 < STEP:
                     coming_x = read_x(pairs_of_x, block, M, steps, step, b + 1, lane, SPARSE, STEP, ARRANGED, NT)
                 else:
-                    coming_x = read_x(pairs_of_x, block, M, steps, step + ALONG, 0, lane, SPARSE, STEP, ARRANGED, NT)
+                    coming_x = read_x(pairs_of_x, block, M, steps, step + WAYS, 0, lane, SPARSE, STEP, ARRANGED, NT)
             else:
                 xs = read_x(pairs_of_x, block, M, steps, step, b, lane, SPARSE, STEP, ARRANGED, NT)
             after = ()
@@ -222,8 +261,8 @@ def product_kernel(
     if RANK:
         two = tl.arange(0, 2)[None, :]
         pairs_of_dx = dx.to(tl.pointer_type(tl.int32))
-        for turn in tl.range(0, tl.cdiv(rank, ALONG)):
-            column = turn * ALONG + along
+        for turn in tl.range(0, tl.cdiv(rank, WAYS)):
+            column = turn * WAYS + way
             there = column < rank
             after = ()
             for i in tl.static_range(T):
@@ -241,6 +280,8 @@ def product_kernel(
             arrived(thread, 0)
         else:
             own = room(thread, THREADS * 16 * FOURS)
+        number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        mine = (number * SPLIT + tl.program_id(2)) * (T * NT * 32 * ACROSS) + across * 32 + lane  # fours of sums
         for some in tl.static_range(0, T * NT, FOURS):
             if AHEAD > 1 or some > 0:
                 tl.debug_barrier()
@@ -254,12 +295,16 @@ def product_kernel(
                 sums = zeros(4, THREADS)
                 for other in tl.static_range(ALONG):
                     sums = _added(sums, shared(at, 4, other * (ACROSS * 512)))
-                n = (tile + four // NT) * 16 + g
-                m = (block + four % NT) * 8 + 2 * t
-                for r in tl.static_range(4):
-                    there = (place < FOURS) & (four < T * NT) & (m + r % 2 < M) & (n + 8 * (r // 2) < N)
-                    pointer = y + (m + r % 2).to(tl.int64) * N + (n + 8 * (r // 2))
-                    tl.store(pointer, sums[r].to(y.dtype.element_ty), mask=there)
+                there = (place < FOURS) & (four < T * NT)
+                if SPLIT > 1:
+                    put(partial + (mine + tl.minimum(four, T * NT - 1) * (32 * ACROSS)) * 4, _words(sums), there)
+                else:
+                    _store(y, sums, tile, block, four, there, lane, M, N, NT)
+        if SPLIT > 1:  # the last that is done adds all, in order
+            tl.debug_barrier()
+            if tl.atomic_add(counters + number, 1) == SPLIT - 1:
+                first = number * SPLIT * (T * NT * 32 * ACROSS) + across * 32 + lane
+                _add_programs(y, partial + first * 4, tile, block, along, lane, M, N, NT, T, ACROSS, ALONG, SPLIT)
     else:
         place = tl.arange(0, 32 * ACROSS)
         first = tl.minimum((tl.program_id(0) * ACROSS + place // 32) * T, tiles - T) * 16 + place % 32 // 4
@@ -274,12 +319,13 @@ def product_kernel(
 
 
 @triton.jit(do_not_specialize=["M", "columns", "blocks", "eights"])
-def arrange_kernel(x, made, M, columns, blocks, eights, SPARSE: tl.constexpr, BLOCK: tl.constexpr,
-                   EARLY: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
+def arrange_kernel(x, made, counters, M, columns, blocks, eights, SPARSE: tl.constexpr, BLOCK: tl.constexpr,
+                   COUNTERS: tl.constexpr, EARLY: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
     """Rows x (M, columns) of pairs → (programs, blocks of 32 columns, eights of rows, 32 lanes, 4), filled up with 0.
 
     The eights of rows of a program are beside each other, so that it needs one pointer for all. `EARLY`: the product
-    may begin to read W while the kernel before this one still runs. It waits for this one, and so for both.
+    may begin to read W while the kernel before this one still runs. It waits for this one, and so for both. So many
+    `counters` of it are set to 0.
     """
     if DEPENDENT:
         if EARLY:
@@ -288,6 +334,9 @@ def arrange_kernel(x, made, M, columns, blocks, eights, SPARSE: tl.constexpr, BL
         if not EARLY:
             gdc_launch_dependents()
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if COUNTERS:
+        counter = tl.program_id(1) * tl.num_programs(0) * BLOCK + number
+        tl.store(counters + counter, tl.zeros((BLOCK,), tl.int32), mask=counter < COUNTERS)
     block, lane, r = number // 128, number // 4 % 32, number % 4
     row, t = tl.program_id(1) * 8 + lane // 4, lane % 4
     column = block * 16 + (4 * r + t if SPARSE else 4 * t + r)
