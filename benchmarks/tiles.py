@@ -58,7 +58,9 @@ def candidates(kind: str, shape: tuple[int, int], rows: int, processors: int) ->
             continue
         if across > 1 and (rows < 8 or even < 0.9 or mine > 8 or across * along > 16):
             continue  # they share x
-        if split > 1 and (rows < 8 or tiles > 4 * processors or mine not in (4, 8) or size < 2 or ahead not in (1, 3)):
+        if split > 1 and (
+            rows < 8 or tiles > 4 * processors or mine not in (4, 8) or size not in (2, 4) or ahead not in (1, 3)
+        ):
             continue  # so do these, where W has few rows
         if (size > 4 and along > 8) or (size > 2 and kind == "sparse24"):
             continue  # they spill
