@@ -6,6 +6,7 @@ known before a weight is read. It takes the packed tensors once, in the order th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -86,12 +87,18 @@ class Kernel(nn.Module):
                     where=f"the kernel {self.name}",
                     fix="give device and dtype to compress.load, not to the loaded model",
                 )
+            fn = partial(_as_bytes, fn)  # operands may have another dtype than activations, and keep it
         result: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return result
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.name}, {self.dtype}"
+
+
+def _as_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What `fn` makes of the bytes of a tensor, which it may move but not round."""
+    return fn(tensor.reshape(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
 def ready(x: Tensor, dtype: torch.dtype, alignment: int = 64) -> Tensor:

@@ -19,11 +19,13 @@ from compress.kernels.cpu import Int4, Int8
 from compress.kernels.pack import Layout
 from compress.kernels.reference import Decoded, Reference
 from compress.state import LowRank
-from tests.conftest import ROOT
+from tests.conftest import ROOT, same_bits
 from tests.kernels.test_pack import grid_of, packed, two_of_four
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from compress.kernels.kernel import Kernel
 
 CPU = torch.device("cpu")
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}  # relative, to nearest
@@ -232,3 +234,25 @@ def test_packed_weights_stay_where_they_are() -> None:
         kernel.to("meta")
     kernel.to("cpu", torch.bfloat16)
     assert Decoded(layout, parts, torch.bfloat16).float().weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kernel", "spec"),
+    [
+        (Int4, GridSpec(4, 32)),
+        (Int8, GridSpec(8, -1)),
+        (Reference, GridSpec(4, 32, scale_dtype=torch.float32)),
+        (Reference, GridSpec(4, 32, kind="nf", second=ScaleSpec(8, 16, torch.float32))),
+    ],
+    ids=str,
+)
+def test_the_dtype_that_they_have_changes_nothing(kernel: type[Kernel], spec: GridSpec) -> None:
+    """A model may be told to take the dtype that it has: operands of another one are not rounded to it."""
+    layout, parts, _ = made(spec, 64, 64)
+    x = inputs(3, 64).half()
+    one = kernel(layout, parts, torch.float16)
+    wanted, held = one(x), {name: buffer.clone() for name, buffer in one.named_buffers()}
+    one.to(torch.float16)
+    assert held
+    assert all(same_bits(buffer, held[name]) for name, buffer in one.named_buffers())
+    assert torch.equal(one(x), wanted)
