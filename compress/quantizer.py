@@ -83,6 +83,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(name, PackedLinear(layout, dtype or torch.get_default_dtype(), bias=bias))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from compress.kernels.kernel import Guard, Kernel
         from compress.packed_linear import PackedLinear
 
         given = self.quantization_config
@@ -93,6 +94,10 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
                 choice = module.settle(name, given.kernels, device)
                 chosen[name] = {"kernel": choice.kernel.name, "why": choice.why}
         model.compress_kernels = chosen
+        # Before the embedding: the body comes before any head, and so does its first child.
+        guard = Guard(module for module in model.modules() if isinstance(module, Kernel))
+        if guard.fixed:
+            guard.put_before(model.base_model)
         return model
 
     def is_serializable(self) -> bool:

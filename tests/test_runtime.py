@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import compress
 from compress.cli import main
-from compress.errors import ModelError, PlanError
+from compress.errors import ModelError, PlanError, RunError
 from compress.export.reader import open_model
 from compress.packed_linear import PackedLinear
 from compress.passes import RTN, EoRA, LQLoRA, Magnitude
@@ -315,6 +315,26 @@ def test_transformers_cannot_ask_for_the_impossible(made: Path, tmp_path: Path) 
     configured(lambda c: c.update(kernels="fastest"))(directory)
     with pytest.raises(PlanError, match='no kernels "fastest"'):
         AutoModelForCausalLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_refused_change_changes_nothing(family: str, tmp_path: Path) -> None:
+    """Every parameter and buffer is where and what it was: the refusal comes before the embedding has followed."""
+    wide_directory(tmp_path / "model", family, tied=False)
+    directory = emit(tmp_path, "packed", (RTN(bits=4, group_size=32),))
+    for model in (compress.load(directory, device="cpu"), AutoModel.from_pretrained(directory)):
+        before = {name: (value.dtype, value.device) for name, value in every_tensor(model)}
+        changes: list[Callable[[Any], Any]] = [lambda m: m.to(torch.float32), lambda m: m.double()]
+        changes += [lambda m: m.to("meta"), lambda m: m.base_model.half()]
+        for change in changes:
+            with pytest.raises((RunError, ValueError), match=r"packed for cpu|not supported for quantized"):
+                change(model)
+            assert {name: (value.dtype, value.device) for name, value in every_tensor(model)} == before
+        model.to("cpu", torch.bfloat16)
+
+
+def every_tensor(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 # ---------------------------------------------------------------- the command, and the import

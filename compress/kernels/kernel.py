@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Self
 
     from compress.kernels.pack import Layout
@@ -79,14 +79,7 @@ class Kernel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if not self.moves:
-            probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-            if (probe.device.type, probe.dtype) != (self.device.type, self.dtype):
-                raise RunError(
-                    f"the weights are packed for {self.device.type} and {self.dtype}, not {probe.device.type} and "
-                    f"{probe.dtype}",
-                    where=f"the kernel {self.name}",
-                    fix="give device and dtype to compress.load, not to the loaded model",
-                )
+            refuse_change(fn, self.name, self.device, self.dtype)
             fn = partial(_as_bytes, fn)  # operands may have another dtype than activations, and keep it
         result: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return result
@@ -94,6 +87,37 @@ class Kernel(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.name}, {self.dtype}"
+
+
+class Guard(nn.Module):
+    """The first module of a packed model, so that a change its kernels refuse is refused before others have made it."""
+
+    def __init__(self, kernels: Iterable[Kernel]) -> None:
+        """Remember where, and in which dtype, kernels must stay."""
+        super().__init__()
+        self.fixed = {(kernel.name, kernel.device, kernel.dtype) for kernel in kernels if not kernel.moves}
+
+    def put_before(self, module: nn.Module) -> None:
+        """Become the first child of a module."""
+        others = dict(module.named_children())
+        module._modules.clear()
+        module._modules |= {"compress_guard": self, **others}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for name, device, dtype in self.fixed:
+            refuse_change(fn, name, device, dtype)
+        return self
+
+
+def refuse_change(fn: Callable[[Tensor], Tensor], kernel: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise RunError where `fn`, as `Module.to` applies it, would give a kernel another type of device or dtype."""
+    probe = fn(torch.empty(0, dtype=dtype, device=device))
+    if (probe.device.type, probe.dtype) != (device.type, dtype):
+        raise RunError(
+            f"the weights are packed for {device.type} and {dtype}, not {probe.device.type} and {probe.dtype}",
+            where=f"the kernel {kernel}",
+            fix="give device and dtype to compress.load, not to the loaded model",
+        )
 
 
 def _as_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
