@@ -21,7 +21,7 @@ of rows was measured (benchmarks/results/cpu_decode.json).
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, reduce
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -96,47 +96,10 @@ class Int4(Kernel):
 
     def multiply(self, x: Tensor) -> Tensor:
         """By the operator, or decoded where that is faster."""
-        block, out = _block(), self.layout.out_features
-        if x.shape[0] > INT4_ROWS and block is not None:
-            y = self._decoded(x.float(), *block)
-        else:
-            rows = ready(x, torch.bfloat16)
-            y = torch.zeros((), dtype=torch.bfloat16)
-            for plane in range(self.planes):
-                codes, scales = self._plane(plane)
-                part = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group, scales)
-                y = y + part if plane else part
-        return y[:, :out].to(x.dtype)
-
-    def _plane(self, plane: int) -> tuple[Tensor, Tensor]:
-        return self.get_buffer(f"codes_{plane}"), self.get_buffer(f"scales_{plane}")
-
-    def _decoded(self, x: Tensor, rows: int, order: Tensor) -> Tensor:
-        """``x Wᵀ`` (rows of x, out filled up) for float32 x, of blocks of so many rows of W in this order."""
-        width, (codes, _) = self.layout.in_features, self._plane(0)
-        blocks = codes.shape[0] // rows
-        y = x.new_empty(x.shape[0], blocks, rows)
-        planes = [self._scaled(plane, rows, order) for plane in range(self.planes)]
-        step = max(1, AT_ONCE // (width * rows))
-        for first in range(0, blocks, step):
-            some = slice(first, first + step)
-            parts = []
-            for packed, scale, zero in planes:
-                part = x.new_empty(*packed[some].shape[:2], rows)  # (blocks, in, rows in `order`)
-                part[..., : rows // 2], part[..., rows // 2 :] = packed[some] & 15, packed[some] >> 4
-                groups = part.view(len(part), -1, self.group, rows)
-                torch.addcmul(zero[some], groups, scale[some], out=groups)
-                parts.append(part)
-            weight = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
-            y[:, some] = (x @ weight).transpose(0, 1)
-        return y[:, :, order.argsort()].flatten(1)
-
-    def _scaled(self, plane: int, rows: int, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (blocks, in, bytes), and scale and zero (blocks, groups, 1, rows) with ``w = code · scale + zero``."""
-        codes, pairs = self._plane(plane)
-        pairs = pairs.view(pairs.shape[0], -1, rows, 2)[:, :, order].float()
-        scale, zero = pairs.permute(3, 1, 0, 2).unsqueeze(3).contiguous()
-        return codes.view(-1, self.layout.in_features, rows // 2), scale, zero - 8 * scale
+        codes, scales = ([self.get_buffer(f"{name}_{i}") for i in range(self.planes)] for name in ("codes", "scales"))
+        product = int4_matmul if torch.compiler.is_compiling() else _int4
+        y: Tensor = product(x, codes, scales, self.group, self.layout.out_features)
+        return y
 
 
 class Int8(Kernel):
@@ -173,16 +136,80 @@ class Int8(Kernel):
 
     def multiply(self, x: Tensor) -> Tensor:
         """By the operator, or decoded where that is faster."""
-        if x.shape[0] <= INT8_ROWS:
-            rows = ready(x, torch.bfloat16)
-            y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scale)
-            return y.to(x.dtype)
-        y = x.new_empty(x.shape[0], self.layout.out_features)
-        step = max(1, AT_ONCE // self.layout.in_features)
-        for first in range(0, self.layout.out_features, step):
-            some = slice(first, first + step)
-            y[:, some] = (x.float() @ self.codes[some].float().T) * self.scale[some].float()
+        product = int8_matmul if torch.compiler.is_compiling() else _int8
+        y: Tensor = product(x, self.codes, self.scale)
         return y
+
+
+def _int4(x: Tensor, codes: list[Tensor], scales: list[Tensor], group: int, out_features: int) -> Tensor:
+    """``x Wᵀ`` for x (rows, in), in the dtype of x; of codes and scales there is a tensor for each plane."""
+    block = _block()
+    if x.shape[0] > INT4_ROWS and block is not None:
+        y = _decoded(x.float(), codes, scales, group, *block)
+    else:
+        rows = ready(x, torch.bfloat16)
+        parts = (
+            torch.ops.aten._weight_int4pack_mm_for_cpu(rows, plane, group, pairs)
+            for plane, pairs in zip(codes, scales, strict=True)
+        )
+        y = reduce(torch.add, parts)
+    return y[:, :out_features].to(x.dtype).contiguous()
+
+
+def _int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """``x Wᵀ`` for x (rows, in), codes (out, in) int8 and scale (out,), in the dtype of x."""
+    if x.shape[0] <= INT8_ROWS:
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(ready(x, torch.bfloat16), codes, scale)
+        return y.to(x.dtype)
+    out, width = codes.shape
+    y, wide = x.new_empty(x.shape[0], out), x.float()
+    step = max(1, AT_ONCE // width)
+    for first in range(0, out, step):
+        some = slice(first, first + step)
+        y[:, some] = (wide @ codes[some].float().T) * scale[some].float()
+    return y
+
+
+# As operators, which `torch.compile` and `torch.export` take whole; elsewhere a call would take 15 µs more.
+int4_matmul = torch.library.custom_op("compress::int4_matmul", _int4, mutates_args=())
+int8_matmul = torch.library.custom_op("compress::int8_matmul", _int8, mutates_args=())
+
+
+@int4_matmul.register_fake
+def _(x: Tensor, codes: list[Tensor], scales: list[Tensor], group: int, out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@int8_matmul.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _decoded(x: Tensor, codes: list[Tensor], scales: list[Tensor], group: int, rows: int, order: Tensor) -> Tensor:
+    """``x Wᵀ`` (rows of x, out filled up) for float32 x, of blocks of so many rows of W in this order."""
+    width, blocks = x.shape[1], codes[0].shape[0] // rows
+    y = x.new_empty(x.shape[0], blocks, rows)
+    planes = [_scaled(*plane, width, rows, order) for plane in zip(codes, scales, strict=True)]
+    step = max(1, AT_ONCE // (width * rows))
+    for first in range(0, blocks, step):
+        some = slice(first, first + step)
+        parts = []
+        for packed, scale, zero in planes:
+            part = x.new_empty(*packed[some].shape[:2], rows)  # (blocks, in, rows in `order`)
+            part[..., : rows // 2], part[..., rows // 2 :] = packed[some] & 15, packed[some] >> 4
+            groups = part.view(len(part), -1, group, rows)
+            torch.addcmul(zero[some], groups, scale[some], out=groups)
+            parts.append(part)
+        weight = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+        y[:, some] = (x @ weight).transpose(0, 1)
+    return y[:, :, order.argsort()].flatten(1)
+
+
+def _scaled(codes: Tensor, pairs: Tensor, width: int, rows: int, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (blocks, in, bytes), and scale and zero (blocks, groups, 1, rows) with ``w = code · scale + zero``."""
+    pairs = pairs.view(pairs.shape[0], -1, rows, 2)[:, :, order].float()
+    scale, zero = pairs.permute(3, 1, 0, 2).unsqueeze(3).contiguous()
+    return codes.view(-1, width, rows // 2), scale, zero - 8 * scale
 
 
 def _group(layout: Layout) -> int:

@@ -164,6 +164,31 @@ def test_the_reference_rounds_once_and_decoded_weights_are_plain(spec: GridSpec 
     assert torch.equal(decoded(x), nn.functional.linear(x, dense.to(dtype)))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "spec"), [(Int4, GridSpec(4, 32)), (Int4, GridSpec(8, 32)), (Int8, GridSpec(8, -1))], ids=str
+)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_compilers_take_the_product_whole(kernel: type[Kernel], spec: GridSpec, rows: int) -> None:
+    """One graph, few rows or many, exported for either; with the numbers of the kernel itself."""
+    layout, parts, _ = made(spec, 70, 64, rank=2)  # rows of W that are filled up
+    one, x = kernel(layout, parts, torch.float16), inputs(rows, 64).half()
+    wanted = one(x)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(one, backend="aot_eager", fullgraph=True)(x), wanted)
+    any_rows = {"x": {0: torch.export.Dim("rows", min=2)}}
+    exported = torch.export.export(one, (inputs(9, 64).half(),), dynamic_shapes=any_rows).module()
+    if rows > 1:
+        assert torch.equal(exported(x), wanted)
+
+
+def test_the_operators_are_what_torch_wants_of_one() -> None:
+    for kernel, spec in ((Int4, GridSpec(8, 32)), (Int8, GridSpec(8, -1))):
+        one, x = kernel(*made(spec, 70, 64)[:2], torch.bfloat16), inputs(3, 64)
+        held = list(one.buffers())
+        given = (held[0::2], held[1::2], 32, 70) if kernel is Int4 else tuple(held)
+        torch.library.opcheck(cpu.int4_matmul if kernel is Int4 else cpu.int8_matmul, (x, *given))
+
+
 OTHER_PROCESSOR = """
 import torch
 from compress.grid import Grid, GridSpec
