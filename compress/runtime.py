@@ -168,7 +168,7 @@ def packed_layouts(config: dict[str, Any], model_type: str, directory: Path | No
         ModelError: they are not.
     """
     if directory is not None:
-        return DecodedCheckpoint(directory, config, architecture_for(model_type), None).layouts
+        return DecodedCheckpoint(directory, config, architecture_for(model_type)).layouts
     return {name: read_scheme(scheme) for scheme in config["schemes"] for name in scheme["modules"]}
 
 

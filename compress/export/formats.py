@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ class PackedFormat(Format):
         config: dict[str, Any],
         module: str,
         infos: Mapping[str, TensorInfo],
-        dtype: torch.dtype | None,
+        plain: set[torch.dtype],
         read: Callable[[TensorInfo], Tensor],
     ) -> Stored:
         """How a linear is stored.
@@ -129,7 +130,7 @@ class PackedFormat(Format):
             config: the ``quantization_config``.
             module: the name of the linear.
             infos: its tensors by suffix.
-            dtype: of the model's weights, where it is known.
+            plain: the dtypes of the model's plain weights.
             read: reads one of them, for formats that store a shape as a tensor.
 
         Raises:
@@ -171,7 +172,7 @@ class CodesFormat(PackedFormat):
         config: dict[str, Any],
         module: str,
         infos: Mapping[str, TensorInfo],
-        dtype: torch.dtype | None,
+        plain: set[torch.dtype],
         read: Callable[[TensorInfo], Tensor],
     ) -> Stored:
         """By the shapes of the tensors, which must be those that follow from them."""
@@ -195,7 +196,8 @@ class CodesFormat(PackedFormat):
                     f"{suffix} is {found.dtype} {list(found.shape)}, not {name or 'scales'} {list(wanted)}"
                 )
         scale = infos[self.scales].torch_dtype
-        value = torch.promote_types(scale, dtype) if dtype else scale
+        # Scales have the dtype of the weight or a smaller one; config.json may name any other.
+        value = scale if scale in plain else reduce(torch.promote_types, plain, scale)
         layout = Layout(out, width, value, spec._replace(scale_dtype=scale))
 
         def packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

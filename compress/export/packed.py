@@ -116,7 +116,7 @@ class Packed(PackedFormat):
         config: dict[str, Any],
         module: str,
         infos: Mapping[str, TensorInfo],
-        dtype: torch.dtype | None,
+        plain: set[torch.dtype],
         read: Callable[[TensorInfo], Tensor],
     ) -> Stored:
         """By the scheme of the module."""

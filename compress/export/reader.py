@@ -40,8 +40,7 @@ def open_model(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any
             fix = "give an output of compress"
             raise ModelError('"quantization_config" is no object', where=str(directory / "config.json"), fix=fix)
         del config.quantization_config  # the skeleton is a plain model
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
-        checkpoint = DecodedCheckpoint(directory, quantization, architecture, dtype)
+        checkpoint = DecodedCheckpoint(directory, quantization, architecture)
     if any((directory / ADAPTER / name).is_file() for name in (CONFIG, WEIGHTS)):
         branches = Branches(directory / ADAPTER, transposed=bool(architecture.transposed))
         checkpoint = BranchedCheckpoint(checkpoint, branches, architecture)
@@ -51,16 +50,13 @@ def open_model(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any
 class DecodedCheckpoint(Checkpoint):
     """A quantized checkpoint; `read` decodes what is stored as codes."""
 
-    def __init__(
-        self, directory: Path, config: dict[str, Any], architecture: Architecture, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, directory: Path, config: dict[str, Any], architecture: Architecture) -> None:
         """Read and check every header, and put a weight in the place of each linear's tensors.
 
         Args:
             directory: of the model.
             config: its ``quantization_config``.
             architecture: says which linears are stored transposed.
-            dtype: of the weights, where scales are stored in a smaller one.
 
         Raises:
             ModelError: the format is unknown, or tensors and configuration do not belong together.
@@ -82,9 +78,8 @@ class DecodedCheckpoint(Checkpoint):
         self.layouts: dict[str, Layout] = {}  # by module
         self._coded: dict[str, _Coded] = {}
         self._names: dict[str, str] = {}
-        if dtype is None:  # the configuration leaves it open: as what is not quantized
-            plain = (info for name, info in self.tensors.items() if name.rpartition(".")[2] not in form.suffixes)
-            dtype = next((info.torch_dtype for info in plain if info.torch_dtype.is_floating_point), None)
+        others = (info for name, info in self.tensors.items() if name.rpartition(".")[2] not in form.suffixes)
+        plain = {info.torch_dtype for info in others if info.torch_dtype.is_floating_point}
         prefixes = (name.rpartition(".") for name in self.tensors)
         for prefix in dict.fromkeys(prefix for prefix, _, suffix in prefixes if suffix in form.markers):
             module = architecture.parameter_name(f"{prefix}.weight").removesuffix(".weight")
@@ -92,7 +87,7 @@ class DecodedCheckpoint(Checkpoint):
             parts = {s: self.tensors.get(f"{prefix}.{s}") for s in (*form.suffixes, "weight")}
             infos = {suffix: info for suffix, info in parts.items() if info is not None}
             try:
-                found = form.stored(config, module, infos, dtype, self._read)
+                found = form.stored(config, module, infos, plain, self._read)
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
                 raise self._wrong(prefix, error) from None
             for info in infos.values():

@@ -126,22 +126,37 @@ def test_it_is_scored_like_the_plain_model_by_the_command_too(
     assert "perplexity" in shown[0]
 
 
-@pytest.mark.parametrize("dtype", ["float32", None])
+@pytest.mark.parametrize("dtype", ["float32", "float16", None])
 def test_scales_of_a_smaller_dtype_do_not_round_the_weights(
     form: str, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are of the checkpoint's dtype, whether its configuration says so or not."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    model = tiny_directory(tmp_path / "model", "llama", blocks=1, dtype=torch.float32)
+    found = both_ways(tmp_path, form, torch.float32, dtype, scale_dtype="float16")
+    assert found[0].dtype == torch.float32
+    assert same_bits(found[0], found[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", None])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_weights_are_of_the_dtype_that_they_had(
+    form: str, stored: torch.dtype, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain output is the oracle; config.json may name another dtype than that of the tensors."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    found = both_ways(tmp_path, form, stored, dtype)
+    assert found[0].dtype == stored
+    assert same_bits(found[0], found[1])
+
+
+def both_ways(folder: Path, form: str, stored: torch.dtype, dtype: str | None, **settings: Any) -> list[Tensor]:
+    """A weight in plain and in this format, of a model of a dtype whose config.json says this one."""
+    model = tiny_directory(folder / "model", "llama", blocks=1, dtype=stored)
     config = json.loads((model / "config.json").read_text())
     config["dtype"] = dtype
     (model / "config.json").write_text(json.dumps(config))
-    found = []
-    for name in ("huggingface", form):
-        _, checkpoint = open_model(quantized(model, tmp_path / name, name, scale_dtype="float16"))
-        found.append(checkpoint.read(f"{LINEAR}.weight"))
-    assert found[0].dtype == torch.float32
-    assert same_bits(found[0], found[1])
+    outputs = [quantized(model, folder / name, name, **settings) for name in ("huggingface", form)]
+    return [open_model(output)[1].read(f"{LINEAR}.weight") for output in outputs]
 
 
 # ---------------------------------------------------------------- configurations that do not belong to the tensors
