@@ -16,7 +16,7 @@ import torch
 
 from compress.checkpoint import DTYPE_NAMES, DTYPES, Slot
 from compress.grid import Grid
-from compress.kernels.pack import Layout, pack_part
+from compress.kernels.pack import Layout, check_scale, pack_part
 from compress.state import kept_weight
 
 if TYPE_CHECKING:
@@ -200,11 +200,15 @@ class CodesFormat(PackedFormat):
         value = scale if scale in plain else reduce(torch.promote_types, plain, scale)
         layout = Layout(out, width, value, spec._replace(scale_dtype=scale))
 
-        def packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            grid = self.grid(tensors, spec)
-            return {suffix: pack_part(layout, suffix, grid, None, None) for suffix in layout.tensors()}
+        def grid(tensors: Mapping[str, Tensor]) -> Grid:
+            check_scale(tensors[self.scales])
+            return self.grid(tensors, spec)
 
-        return Stored(layout, lambda tensors: self.grid(tensors, spec).dequantize(value).to(value), packed)
+        def packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = grid(tensors)
+            return {suffix: pack_part(layout, suffix, found, None, None) for suffix in layout.tensors()}
+
+        return Stored(layout, lambda tensors: grid(tensors).dequantize(value).to(value), packed)
 
     def parts(self, out: int, width: int, spec: GridSpec) -> dict[str, tuple[str | None, tuple[int, ...]]]:
         """Suffix → dtype (None: that of the scales) and shape of each tensor of a linear (out, width)."""

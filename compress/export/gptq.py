@@ -105,8 +105,10 @@ class GPTQFormat(CodesFormat):
         if not torch.equal(parts["g_idx"], torch.arange(width, dtype=torch.int32) // spec.width(width)):
             raise ValueError("its groups are gathered by an index (desc_act), which is not read")
         codes = unpack(parts["qweight"].T.contiguous(), spec.bits, width)
-        zero = unpack(parts["qzeros"], spec.bits, out).T.contiguous() + _less(spec)
-        return Grid(spec, scale, zero & spec.largest, codes)
+        zero = unpack(parts["qzeros"], spec.bits, out).T.contiguous() + _less(spec) & spec.largest
+        if spec.symmetric and bool((zero != spec.middle).any()):
+            raise ValueError("a zero-point of a symmetric grid is not the middle code")
+        return Grid(spec, scale, zero, codes)
 
     def read_spec(self, config: dict[str, Any], name: str) -> GridSpec:
         """The grid that the configuration gives a linear."""

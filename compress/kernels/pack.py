@@ -240,8 +240,7 @@ def unpack_grid(layout: Layout, parts: Mapping[str, Tensor]) -> Grid:
             raise ValueError("scale_peaks: a peak is negative or not finite")
         second = ScaleCodes(spec.second.bits, spec.second.group, codes, peaks, offset)
     scale = parts["scale"] if second is None else second.scale()
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ValueError("a scale is not positive and finite")
+    check_scale(scale)
     if spec.symmetric:
         zero = torch.full((out, groups), spec.middle, dtype=torch.uint8, device=scale.device)
     else:
@@ -251,6 +250,12 @@ def unpack_grid(layout: Layout, parts: Mapping[str, Tensor]) -> Grid:
         stored = unpack_positions(parts["positions"], layout.in_features)
         codes = expand(codes, stored, zero.repeat_interleave(layout.in_features // groups, dim=1))
     return Grid(spec, scale, zero, codes, second)
+
+
+def check_scale(scale: Tensor) -> None:
+    """Raise ValueError for scales that no grid has."""
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError("a scale is not positive and finite")
 
 
 def unpack_weight(layout: Layout, parts: Mapping[str, Tensor]) -> Tensor:

@@ -324,6 +324,25 @@ def test_groups_gathered_by_an_index(outputs: Path, tmp_path: Path) -> None:
     refused(tmp_path / "model", "desc_act")
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_no_grid_has(copy: Path, form: str, value: float) -> None:
+    """Refused where it is decoded, as it is where it is loaded to run."""
+    name = f"{LINEAR}.{'scales' if form == 'gptq' else 'weight_scale'}"
+    change_tensors(copy, lambda tensors: tensors[name].view(-1)[:1].fill_(value))
+    refused(copy, "scale is not positive and finite")
+
+
+def test_zero_points_of_a_symmetric_grid(outputs: Path, tmp_path: Path) -> None:
+    """They are stored and all the same; another one would be decoded by some readers and passed over by others."""
+    shutil.copytree(outputs / "gptq-True", tmp_path / "model")
+    shutil.copy(outputs / "text.txt", tmp_path)
+    name = f"{LINEAR}.qzeros"
+    change_tensors(tmp_path / "model", lambda tensors: tensors[name].view(-1)[:1].add_(1))
+    refused(tmp_path / "model", "zero-point of a symmetric grid")
+    with pytest.raises(ModelError, match="zero-point of a symmetric grid"):
+        compress.load(tmp_path / "model", device="cpu")
+
+
 def test_a_plain_weight_beside_the_codes(copy: Path) -> None:
     """Which of both is meant?"""
     change_tensors(copy, lambda tensors: tensors.update({f"{LINEAR}.weight": torch.ones(32, 48).half()}))
