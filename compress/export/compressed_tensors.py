@@ -93,6 +93,8 @@ class CompressedTensors(CodesFormat):
         weights = schemes[0]["weights"]
         if config["format"] != "pack-quantized" or weights["type"] != "int" or weights["strategy"] not in STRATEGIES:
             raise ValueError(f"the scheme of {name} is not pack-quantized integers by group or channel")
+        if any(schemes[0].get(key) is not None for key in ("input_activations", "output_activations")):
+            raise ValueError(f"the scheme of {name} quantizes activations, which is not read")
         group_size = -1 if weights["strategy"] == "channel" else int(weights["group_size"])
         return GridSpec(int(weights["num_bits"]), group_size, bool(weights["symmetric"]))
 

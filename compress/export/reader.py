@@ -80,13 +80,18 @@ class DecodedCheckpoint(Checkpoint):
         self._names: dict[str, str] = {}
         others = (info for name, info in self.tensors.items() if name.rpartition(".")[2] not in form.suffixes)
         plain = {info.torch_dtype for info in others if info.torch_dtype.is_floating_point}
-        prefixes = (name.rpartition(".") for name in self.tensors)
-        for prefix in dict.fromkeys(prefix for prefix, _, suffix in prefixes if suffix in form.markers):
+        beside: dict[str, set[str]] = {}  # prefix → suffixes
+        for prefix, _, suffix in (name.rpartition(".") for name in self.tensors):
+            beside.setdefault(prefix, set()).add(suffix)
+        for prefix in [prefix for prefix, found in beside.items() if found.intersection(form.markers)]:
             module = architecture.parameter_name(f"{prefix}.weight").removesuffix(".weight")
             transposed = module.endswith(tuple(f".{name}" for name in architecture.transposed))
             parts = {s: self.tensors.get(f"{prefix}.{s}") for s in (*form.suffixes, "weight")}
             infos = {suffix: info for suffix, info in parts.items() if info is not None}
+            unknown = sorted(beside[prefix] - {*parts, "bias"})
             try:
+                if unknown:
+                    raise ValueError(f"{unknown[0]} is not read")
                 found = form.stored(config, module, infos, plain, self._read)
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
                 raise self._wrong(prefix, error) from None

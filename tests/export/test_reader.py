@@ -266,6 +266,7 @@ def scheme(config: dict[str, Any]) -> dict[str, Any]:
         lambda config: scheme(config)["weights"].update(strategy="tensor"),
         lambda config: scheme(config)["weights"].update(strategy="channel"),
         lambda config: scheme(config)["weights"].update(strategy=["group"]),
+        lambda config: scheme(config).update(input_activations={"num_bits": 8, "dynamic": True}),
     ],
 )
 def test_odd_configurations_of_compressed_tensors(
@@ -341,6 +342,20 @@ def test_zero_points_of_a_symmetric_grid(outputs: Path, tmp_path: Path) -> None:
     refused(tmp_path / "model", "zero-point of a symmetric grid")
     with pytest.raises(ModelError, match="zero-point of a symmetric grid"):
         compress.load(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("suffix", ["weight_g_idx", "input_scale"])
+def test_tensors_of_a_linear_that_are_not_read(copy: Path, suffix: str) -> None:
+    """Other writers of these formats have more of them, such as an order of columns: without it a weight is another."""
+    change_tensors(copy, lambda tensors: tensors.update({f"{LINEAR}.{suffix}": torch.arange(48, dtype=torch.int32)}))
+    refused(copy, f"{LINEAR}.*{suffix} is not read")
+
+
+def test_a_bias_beside_the_codes_is_read(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    model = tiny_directory(tmp_path / "model", "qwen2", blocks=1, dtype=torch.float16)
+    _, checkpoint = open_model(quantized(model, tmp_path / form, form))
+    assert any(name.endswith("q_proj.bias") for name in checkpoint.tensors)
 
 
 def test_a_plain_weight_beside_the_codes(copy: Path) -> None:
