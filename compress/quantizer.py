@@ -29,8 +29,10 @@ METHOD = "compress"
 class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The ``quantization_config`` of the packed format, and what `compress.load` adds to it.
 
+    transformers passes over one that is given to `from_pretrained` beside that of the model, with a warning.
+
     Attributes:
-        kernels: those to choose from: "auto", "decoded" or "reference".
+        kernels: those to choose from, as `compress.load` takes them.
         device: where linears will multiply; None for where they are loaded.
     """
 
@@ -41,7 +43,9 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         schemes: Any = None,
         kernels: Kernels = "auto",
         device: str | None = None,
+        **others: Any,
     ) -> None:
+        # Keys of a version to come must not keep us from saying that it is one.
         self.quant_method, self.version, self.schemes = quant_method, version, schemes
         self.kernels, self.device = kernels, device
 

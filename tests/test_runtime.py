@@ -264,6 +264,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no scale": (without("scale"), "scale is missing"),
     "no tensors at all": (without(""), "names model.layers.0.self_attn.q_proj, but its packed tensors are missing"),
     "a version to come": (configured(lambda c: c.update(version=2)), "version 2 of the packed format is newer than 1"),
+    "a version to come with more keys": (
+        configured(lambda c: c.update(version=2, layout="rows")),
+        "version 2 of the packed format is newer than 1; update compress",
+    ),
     "another shape": (configured(lambda c: first(c).update(shape=[32, 64])), r"is torch.\w+ \[|not in any|surplus"),
     "a linear that is not there": (
         configured(lambda c: first(c)["modules"].append("model.layers.7.mlp.up_proj")),
