@@ -73,10 +73,12 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         from compress.packed_linear import PackedLinear
-        from compress.runtime import check_kernels, packed_layouts
+        from compress.runtime import check_device, check_kernels, packed_layouts
 
         given = self.quantization_config
         check_kernels(given.kernels)
+        if given.device is not None:
+            check_device(given.device, "quantization_config")
         # Without files, tensors are given by compress.load, which has checked them.
         where = Path(checkpoint_files[0]).parent if checkpoint_files else None
         layouts = packed_layouts(given.to_dict(), model.config.model_type, where)

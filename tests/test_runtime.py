@@ -319,6 +319,10 @@ def test_transformers_cannot_ask_for_the_impossible(made: Path, tmp_path: Path) 
     configured(lambda c: c.update(kernels="fastest"))(directory)
     with pytest.raises(PlanError, match='no kernels "fastest"'):
         AutoModelForCausalLM.from_pretrained(directory)
+    for device, problem in (("cuda:99", "torch sees no device"), ("meta", "do not run on meta")):
+        configured(lambda c, device=device: c.update(kernels="auto", device=device))(directory)
+        with pytest.raises(PlanError, match=problem):
+            AutoModelForCausalLM.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
