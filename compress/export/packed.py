@@ -183,16 +183,21 @@ def read_scheme(scheme: dict[str, Any]) -> Layout:
         raise ValueError(f"there is no sparsity {scheme['sparsity']} of {width} inputs")
     if given is not None:
         bits, size, kind, second = given["bits"], given["group_size"], given["kind"], given["scale_codes"]
-        known = type(size) is int and (size == -1 or size > 0) and bits in (2, 3, 4, 8) and kind in ("int", "nf")
+        known = type(size) is int and (size == -1 or size > 0) and _bits(bits) and kind in ("int", "nf")
         if not known or width % (width if size == -1 else size) or (kind == "nf" and not given["symmetric"]):
             raise ValueError(f"there is no grid of {bits} bits ({kind}) with groups of {size} for {width} inputs")
         of_scales = None
         if second is not None:
             of_scales = ScaleSpec(second["bits"], second["group_size"], FLOATS[second["peak_dtype"]])
-            if of_scales.bits not in (2, 3, 4, 8) or type(of_scales.group) is not int or of_scales.group < 1:
+            if not _bits(of_scales.bits) or type(of_scales.group) is not int or of_scales.group < 1:
                 raise ValueError(f"there are no scales of {of_scales.bits} bits in groups of {of_scales.group}")
         spec = GridSpec(bits, size, bool(given["symmetric"]), FLOATS[given["scale_dtype"]], kind, of_scales)
     return Layout(out, width, FLOATS[scheme["dtype"]], spec, scheme["sparsity"] is not None, rank)
+
+
+def _bits(value: object) -> bool:
+    """Whether codes have so many bits; JSON's 4.0 is no integer."""
+    return type(value) is int and value in (2, 3, 4, 8)
 
 
 def check_version(config: dict[str, Any]) -> None:

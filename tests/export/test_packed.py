@@ -151,6 +151,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no shape": (lambda c: first(c).update(shape=[0, 32]), "there is no linear of 0 × 32"),
     "another dtype": (lambda c: first(c).update(dtype="int8"), "int8"),
     "5 bits": (lambda c: first(c)["grid"].update(bits=5), "there is no grid of 5 bits"),
+    "bits that are no integer": (lambda c: first(c)["grid"].update(bits=4.0), "there is no grid of 4.0 bits"),
     "groups that do not divide": (lambda c: first(c)["grid"].update(group_size=24), "with groups of 24"),
     "another kind": (lambda c: first(c)["grid"].update(kind="fp"), "4 bits (fp)"),
     "other scales": (lambda c: first(c)["grid"].update(scale_dtype="bfloat16"), "scale is torch.float"),
