@@ -20,6 +20,14 @@ def words(count: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, n) uint8 codes below 2^bits → (rows, words(n, bits)) int32."""
     columns = words(codes.shape[1], bits)
+    if 8 % bits == 0:  # no code crosses a byte
+        per = 8 // bits
+        whole = torch.nn.functional.pad(codes.cpu(), (0, 4 * columns * per - codes.shape[1]))
+        parts = whole.reshape(codes.shape[0], 4 * columns, per)
+        bytewise = parts[..., 0].clone(memory_format=torch.contiguous_format)  # (rows, bytes)
+        for one in range(1, per):
+            bytewise |= parts[..., one] << (one * bits)
+        return bytewise.view(torch.int32)
     packed = torch.empty(codes.shape[0], 4 * columns, dtype=torch.uint8)
     shifts = torch.arange(bits, dtype=torch.uint8)
     step = max(1, SLICE // codes.shape[1])
