@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import ModelError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from compress.kernels.pack import Layout
 
 METHOD = "compress"
+logger = logging.get_logger(__name__)
 
 
 @register_quantization_config(METHOD)
@@ -107,7 +109,11 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def is_serializable(self) -> bool:
-        """Kernels hold shuffled weights; the directory that they came from is the model."""
+        """Kernels hold shuffled weights; the directory that they came from is the model.
+
+        transformers asks when it is to save, refuses, and leaves it to a warning to say why.
+        """
+        logger.warning("packed weights are in the order of their kernels: copy the directory they were loaded from")
         return False
 
     @property

@@ -325,6 +325,14 @@ def test_transformers_cannot_ask_for_the_impossible(made: Path, tmp_path: Path) 
             AutoModelForCausalLM.from_pretrained(directory)
 
 
+def test_saving_says_why_it_is_refused(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers' own error points to the log."""
+    with pytest.raises(ValueError, match="not serializable - check out the warnings from the logger"):
+        compress.load(made, device="cpu").save_pretrained(tmp_path / "saved")
+    assert "copy the directory they were loaded from" in caplog.text
+    assert not list(tmp_path.glob("saved/*"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refused_change_changes_nothing(family: str, tmp_path: Path) -> None:
     """Every parameter and buffer is where and what it was: the refusal comes before the embedding has followed."""
