@@ -36,6 +36,18 @@ def register_types() -> None:
         AutoConfig.register(name, type(_named(CONFIG_MAPPING_NAMES[model_type]), (), stands_in))
 
 
+def __getattr__(name: str) -> Any:
+    """The classes by their names, as pickle looks for them: they are made when they are first asked for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for model_type in known_model_types():
+        if name == _named(CONFIG_MAPPING_NAMES[model_type]):
+            return config_class(model_type)
+        if name == _named(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]):
+            return MODEL_FOR_CAUSAL_LM_MAPPING[config_class(model_type)]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _named(name: str) -> str:
     return f"Heterogeneous{name}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import pickle
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
+import compress.heterogeneous
 from compress.architecture import architecture_for
 from compress.checking import check_plan, explain
 from compress.compiling import compile_plan
@@ -28,7 +30,7 @@ from compress.spread import shares, spread
 from compress.structure import Sizes
 from compress.sweep import Sweep
 from compress.training_store import TrainingStore
-from tests.conftest import files_of, tiny_directory
+from tests.conftest import ROOT, files_of, tiny_directory
 from tests.models import FAMILIES, GROUPED, tiny_model
 from tests.test_architectures import every_case, logits, matrix
 from tests.test_resume import Interrupted
@@ -229,6 +231,24 @@ def test_saved_again_it_is_the_same_model(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a b").input_ids
     again, ids = compress.load(tmp_path / "again", device="cpu"), torch.arange(12).view(1, 12)
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_it_pickles(tmp_path: Path) -> None:
+    """As other models do, and into a process that has made no such class yet."""
+    tiny_directory(tmp_path / "model", "llama", blocks=3)
+    carried_out(tmp_path, CHANNELS)
+    model, ids = compress.load(tmp_path / "out", device="cpu"), torch.arange(12).view(1, 12)
+    written = pickle.dumps((model, model.config))
+    again, config = pickle.loads(written)
+    assert type(again) is type(model)
+    assert config.to_dict() == model.config.to_dict()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    (tmp_path / "pickled").write_bytes(written)
+    read = f"import pickle; print(type(pickle.load(open({str(tmp_path / 'pickled')!r}, 'rb'))[0]).__name__)"
+    done = subprocess.run([sys.executable, "-c", read], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "HeterogeneousLlamaForCausalLM", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'HeterogeneousBert'"):
+        _ = compress.heterogeneous.HeterogeneousBert
 
 
 def test_without_compress_nobody_takes_it_for_another_model(tmp_path: Path) -> None:
