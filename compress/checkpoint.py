@@ -171,7 +171,7 @@ def _is_plain(file: Any) -> bool:
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     """One tensor of a file, as its header describes it."""
-    flat = torch.empty(info.bytes, dtype=torch.uint8)
+    flat = torch.empty(info.bytes, dtype=torch.uint8, device="cpu")  # whatever torch's default device is
     with path.open("rb", buffering=0) as file:
         file.seek(info.start)
         view = memoryview(flat.numpy().data)

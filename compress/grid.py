@@ -75,7 +75,8 @@ def normal_float(bits: int) -> Tensor:
     normal = NormalDist()
     positive = [normal.inv_cdf(0.5 + (EDGE - 0.5) * step / half) for step in range(1, half + 1)]
     negative = [-normal.inv_cdf(0.5 + (EDGE - 0.5) * step / (half - 1)) for step in range(half - 1, 0, -1)]
-    return torch.tensor([*(v / positive[-1] for v in negative), 0.0, *(v / positive[-1] for v in positive)])
+    values = [*(v / positive[-1] for v in negative), 0.0, *(v / positive[-1] for v in positive)]
+    return torch.tensor(values, device="cpu")
 
 
 EDGE = 0.9677083  # QLoRA's: the mean of 1 − 1/32 and 1 − 1/30, where 4 bits would put their outermost quantiles

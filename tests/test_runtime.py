@@ -17,10 +17,14 @@ from transformers import AutoModel, AutoModelForCausalLM
 import compress
 from compress.cli import main
 from compress.errors import ModelError, PlanError, RunError
-from compress.export.reader import open_model
+from compress.export.reader import BranchedCheckpoint, DecodedCheckpoint, open_model
+from compress.grid import normal_float
+from compress.kernels import cpu
+from compress.kernels.choose import choose
+from compress.kernels.pack import _nibbles
 from compress.packed_linear import PackedLinear
 from compress.passes import RTN, EoRA, LQLoRA, Magnitude
-from tests.conftest import ROOT, tiny_directory
+from tests.conftest import ROOT, same_bits, tiny_directory
 from tests.models import FAMILIES, VOCABULARY
 
 if TYPE_CHECKING:
@@ -158,6 +162,28 @@ def test_every_format_runs(name: str, tmp_path: Path) -> None:
     for kernels in ("auto", "decoded", "reference"):
         exact = logits(compress.load(directory, device="cpu", dtype="float32", kernels=kernels))
         torch.testing.assert_close(exact, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gptq, a branch", "compressed-tensors, a branch", "compressed-tensors, asymmetric", "3 bits", "normal floats"],
+)
+def test_the_default_device_does_not_matter(name: str, tmp_path: Path) -> None:
+    """A program may have set another one, such as its GPU; files are read, and kernels made, where they say."""
+    form, passes, _ = FORMS[name]
+    wide_directory(tmp_path / "model", "llama", blocks=1)
+    directory = emit(tmp_path, form, passes)
+    x, found = torch.ones(3, 32, dtype=torch.bfloat16), []
+    for default in ("cpu", "meta"):
+        for cached in (cpu._block, normal_float, _nibbles):
+            cached.cache_clear()
+        with torch.device(default):
+            _, checkpoint = open_model(directory)
+            assert isinstance(checkpoint, (DecodedCheckpoint, BranchedCheckpoint))
+            layout, parts = checkpoint.layouts[NAME], checkpoint.packed(NAME)
+            kernel = choose(layout, torch.device("cpu"), torch.bfloat16).kernel(layout, parts, torch.bfloat16)
+            found.append((checkpoint.read(f"{NAME}.weight"), kernel(x)))
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_scales_may_be_smaller_than_weights(tmp_path: Path) -> None:

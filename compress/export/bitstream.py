@@ -28,8 +28,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         for one in range(1, per):
             bytewise |= parts[..., one] << (one * bits)
         return bytewise.view(torch.int32)
-    packed = torch.empty(codes.shape[0], 4 * columns, dtype=torch.uint8)
-    shifts = torch.arange(bits, dtype=torch.uint8)
+    packed = torch.empty(codes.shape[0], 4 * columns, dtype=torch.uint8, device="cpu")
+    shifts = torch.arange(bits, dtype=torch.uint8, device="cpu")
     step = max(1, SLICE // codes.shape[1])
     for start in range(0, codes.shape[0], step):
         some = codes[start : start + step].cpu()

@@ -82,7 +82,7 @@ class CompressedTensors(CodesFormat):
         out, width = parts["weight_shape"].tolist()
         scale = parts["weight_scale"]
         if spec.symmetric:
-            zero = torch.full(scale.shape, spec.middle, dtype=torch.uint8)
+            zero = torch.full(scale.shape, spec.middle, dtype=torch.uint8, device=scale.device)
         else:
             zero = unpack(parts["weight_zero_point"].T.contiguous(), spec.bits, out).T.contiguous()
         return Grid(spec, scale, zero, unpack(parts["weight_packed"], spec.bits, width))

@@ -102,7 +102,8 @@ class GPTQFormat(CodesFormat):
         """A grid from the four tensors, whose groups must be of neighbouring columns."""
         scale = parts["scales"].T.contiguous()
         out, width = scale.shape[0], parts["g_idx"].shape[0]
-        if not torch.equal(parts["g_idx"], torch.arange(width, dtype=torch.int32) // spec.width(width)):
+        index = torch.arange(width, dtype=torch.int32, device=scale.device) // spec.width(width)
+        if not torch.equal(parts["g_idx"], index):
             raise ValueError("its groups are gathered by an index (desc_act), which is not read")
         codes = unpack(parts["qweight"].T.contiguous(), spec.bits, width)
         zero = unpack(parts["qzeros"], spec.bits, out).T.contiguous() + _less(spec) & spec.largest

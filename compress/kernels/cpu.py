@@ -237,8 +237,8 @@ def _block() -> tuple[int, Tensor] | None:
     It depends on the processor and is not documented, so it is found out: rows are packed that count themselves, their
     low and their high bits apart. The low nibbles of a column's bytes come first. None where columns are not whole.
     """
-    rows, columns = torch.arange(ROWS, dtype=torch.int32), 2
-    found = torch.zeros(ROWS * columns, dtype=torch.int64)
+    rows, columns = torch.arange(ROWS, dtype=torch.int32, device="cpu"), 2
+    found = torch.zeros(ROWS * columns, dtype=torch.int64, device="cpu")
     for digit, base in ((rows % 16, 1), (rows // 16, 16)):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(digit[:, None].repeat(1, columns), 2)
         bytewise = packed.flatten()
@@ -247,7 +247,7 @@ def _block() -> tuple[int, Tensor] | None:
     for block in (ROWS, ROWS // 2):
         order = nibbles[:, : block // 2].flatten()
         same = nibbles.view(2, -1, columns, block // 2)  # (nibble, block, column, byte)
-        wanted = order.view(2, 1, 1, -1) + torch.arange(0, ROWS, block).view(1, -1, 1, 1)
-        if order.sort().values.equal(torch.arange(block)) and torch.equal(same, wanted.expand_as(same)):
+        wanted = order.view(2, 1, 1, -1) + rows[::block].view(1, -1, 1, 1)
+        if order.sort().values.equal(rows[:block].long()) and torch.equal(same, wanted.expand_as(same)):
             return block, order
     return None

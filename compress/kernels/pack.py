@@ -123,8 +123,8 @@ PAIRS = tuple(combinations(range(4), 2))  # the six pairs of positions
 @cache
 def _nibbles() -> tuple[Tensor, Tensor]:
     """(16,) uint8: kept columns as bits → positions, and positions → columns as bits; 255 where there are none."""
-    chosen = torch.full((16,), 255, dtype=torch.uint8)
-    columns = torch.full((16,), 255, dtype=torch.uint8)
+    chosen = torch.full((16,), 255, dtype=torch.uint8, device="cpu")
+    columns = torch.full((16,), 255, dtype=torch.uint8, device="cpu")
     for kept in range(16):
         some = [p for p in range(4) if kept >> p & 1]
         if len(some) <= 2:
