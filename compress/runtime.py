@@ -203,4 +203,5 @@ def _tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Tensor]:
             state |= {f"{module}.{suffix}": part for suffix, part in checkpoint.packed(module).items()}
         else:
             state[name] = checkpoint.read(stored)
-    return state
+    # By name alone, for transformers to report: it knows what older checkpoints have and nobody needs.
+    return state | {name: torch.empty(checkpoint.tensors[name].shape, device="meta") for name in skeleton.extra}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
 
 import compress
 from compress.cli import main
@@ -349,6 +351,23 @@ def test_transformers_cannot_ask_for_the_impossible(made: Path, tmp_path: Path) 
         configured(lambda c, device=device: c.update(kernels="auto", device=device))(directory)
         with pytest.raises(PlanError, match=problem):
             AutoModelForCausalLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("load", [compress.load, AutoModelForCausalLM.from_pretrained], ids=["load", "from_pretrained"])
+def test_tensors_that_the_model_has_not_are_reported(
+    load: Callable[[Path], Any], made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers does, and with its exceptions: what older versions stored is none."""
+    directory = shutil.copytree(made, tmp_path / "out")
+    more = {"model.layers.0.mlp.odd": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(directory / "model.safetensors") | more, directory / "model.safetensors", {"format": "pt"})
+    logging.enable_propagation()
+    try:
+        load(directory)
+    finally:
+        logging.disable_propagation()
+    assert re.search(r"layers\.0\.mlp\.odd +\| UNEXPECTED", caplog.text)
+    assert "inv_freq" not in caplog.text
 
 
 def test_saving_says_why_it_is_refused(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
