@@ -63,7 +63,7 @@ def load(
     folder, where = _find(directory, trust_remote_code), check_device(device, "compress.load")
     check_kernels(kernels)
     config, checkpoint = open_model(folder, trust_remote_code=trust_remote_code)
-    chosen = _dtype(dtype, config, checkpoint)
+    chosen = _dtype(dtype, config, checkpoint, "compress.load")
     skeleton = Skeleton(checkpoint, config, architecture_for(config.model_type), trust_remote_code=trust_remote_code)
     layouts = _layouts(checkpoint)
     if layouts:
@@ -99,7 +99,7 @@ def explain(
     """
     folder, where = _find(directory, trust_remote_code=False), check_device(device, "--device")
     config, checkpoint = open_model(folder)
-    chosen = _dtype(dtype, config, checkpoint)
+    chosen = _dtype(dtype, config, checkpoint, "--dtype")
     layouts = _layouts(checkpoint)
     if layer not in layouts:
         raise _not_packed(layer, layouts, checkpoint, architecture_for(config.model_type), str(folder))
@@ -131,7 +131,7 @@ def check_device(device: str | torch.device, where: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise PlanError(f'there is no device "{device}"', where=where, fix='"cpu", "cuda" or "auto"') from None
     if found.type not in DEVICES:
         raise PlanError(f"packed weights do not run on {found.type}", where=where, fix=f"one of {', '.join(DEVICES)}")
@@ -177,10 +177,10 @@ def _find(directory: str | Path, trust_remote_code: bool) -> Path:
     return find_model(model, Path(), "compress.load")
 
 
-def _dtype(dtype: str | torch.dtype, config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """`dtype`, or that of the checkpoint."""
+def _dtype(dtype: str | torch.dtype, config: Any, checkpoint: Checkpoint, where: str) -> torch.dtype:
+    """`dtype`, which was given there, or that of the checkpoint."""
     if dtype != "auto":
-        return check_dtype(dtype, "compress.load")
+        return check_dtype(dtype, where)
     if isinstance(config.dtype, torch.dtype):
         return check_dtype(config.dtype, "config.json")
     floats = (info.torch_dtype for info in checkpoint.tensors.values() if info.torch_dtype.is_floating_point)

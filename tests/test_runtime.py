@@ -323,6 +323,7 @@ def test_damage_is_found_when_the_model_is_loaded(
     ("settings", "problem"),
     [
         ({"device": "tpu9"}, 'there is no device "tpu9"'),
+        ({"device": None}, 'there is no device "None"'),
         ({"device": "mps"}, "do not run on mps"),
         ({"device": "cuda:99"}, "torch sees no device cuda:99"),
         ({"dtype": "int8"}, "no kernels for int8"),
@@ -411,6 +412,8 @@ def test_explain_says_which_kernel_and_why(made: Path, capsys: pytest.CaptureFix
     found = json.loads(capsys.readouterr().out)
     assert (found["kernel"], found["runs_in"], found["sparsity"], found["rank"]) == ("decoded", "float32", "2:4", 2)
     assert "too coarse for float32" in found["why"]
+    assert main(["explain", str(made), NAME, "--dtype", "float64"]) == 2
+    assert "--dtype: there are no kernels for float64" in capsys.readouterr().err
     assert main(["explain", str(made), "model.layers.0.self_attn.q"]) == 2
     assert f'did you mean "{NAME}"' in capsys.readouterr().err
 
