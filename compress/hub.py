@@ -42,10 +42,15 @@ def find_model(model: Model, folder: Path, where: str) -> Path:
         PlanError: there is no such directory and the hub does not give it.
     """
     path = model.path
-    local = folder / Path(path).expanduser()
-    if local.is_dir():
+    try:
+        local = folder / Path(path).expanduser()
+        is_directory, is_file = local.is_dir(), local.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or the home of nobody
+        fix = "give a directory or a hub id such as org/name"
+        raise PlanError(f'"{path[:100]}" cannot be looked for: {reason(error)}', where=where, fix=fix) from None
+    if is_directory:
         return local
-    if local.is_file():
+    if is_file:
         raise PlanError(f'"{path}" is a file', where=where, fix="give the directory that holds config.json")
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         others = [p.name for p in local.parent.iterdir() if p.is_dir()] if local.parent.is_dir() else []
@@ -61,11 +66,10 @@ def find_model(model: Model, folder: Path, where: str) -> Path:
     try:
         return Path(snapshot_download(path, revision=model.revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         others = [p.name for p in local.parent.iterdir() if p.is_dir()] if local.parent.is_dir() else []
         hint = nearest(local.name, others)
         raise PlanError(
-            f'"{path}" is neither a local directory{hint} nor a model the hub gives: {reason}',
+            f'"{path}" is neither a local directory{hint} nor a model the hub gives: {reason(error)}',
             where=where,
             fix="check the name, log in, or download the model and give its directory",
         ) from None

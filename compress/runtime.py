@@ -173,6 +173,8 @@ def packed_layouts(config: dict[str, Any], model_type: str, directory: Path | No
 
 
 def _find(directory: str | Path, trust_remote_code: bool) -> Path:
+    if not str(directory):
+        raise PlanError("no directory is given", where="compress.load", fix="give a directory or a hub id")
     model = Model(path=str(directory), trust_remote_code=trust_remote_code)
     return find_model(model, Path(), "compress.load")
 

@@ -337,6 +337,21 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str,
     assert failure.value.fix
 
 
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("", "no directory is given"),
+        ("a" * 5000, "cannot be looked for"),
+        ("~nobody-of-this-name/model", "cannot be looked for: Could not determine home directory"),
+    ],
+    ids=["empty", "long", "nobody's home"],
+)
+def test_a_path_that_cannot_be_is_refused(path: str, problem: str) -> None:
+    with pytest.raises(PlanError, match=problem) as failure:
+        compress.load(path)
+    assert failure.value.fix
+
+
 def test_transformers_cannot_ask_for_the_impossible(made: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no kernels for torch"):
         AutoModelForCausalLM.from_pretrained(made, dtype=torch.float64)
