@@ -139,8 +139,9 @@ class DecodedCheckpoint(Checkpoint):
             raise self._wrong(name.removesuffix(".weight"), error) from None
 
     def _wrong(self, prefix: str, error: Exception) -> ModelError:
+        said = f"there is no {error}" if isinstance(error, KeyError) else error
         return ModelError(
-            f"{prefix}: tensors and quantization_config do not belong together: {error}",
+            f"{prefix}: tensors and quantization_config do not belong together: {said}",
             where=str(self.directory),
             fix="copy the directory again; formats are read as compress writes them",
         )

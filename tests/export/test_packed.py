@@ -156,6 +156,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another kind": (lambda c: first(c)["grid"].update(kind="fp"), "4 bits (fp)"),
     "other scales": (lambda c: first(c)["grid"].update(scale_dtype="bfloat16"), "scale is torch.float"),
     "no grid": (lambda c: first(c).update(grid=None), "is surplus"),
+    "no rank": (lambda c: first(c).pop("rank"), "together: there is no 'rank'"),
     "no list": (lambda c: c.update(schemes=3), ""),
 }
 
