@@ -255,7 +255,7 @@ def register_options(tile: Tile, w: Fragments) -> dict[str, Any]:
     if size == 1:
         return {"maxnreg": 64 if w.offset is None else 72}
     if tile.once or tile.ahead > 1 or tile.tiles not in (1, 2, 4):  # not chosen yet
-        most = {2: 96, 3: 112, 4: 128, 5: 168, 6: 192, 7: 208}.get(size)
+        most = {2: 96, 3: 128, 4: 128, 5: 192, 6: 224}.get(size)
         return {} if most is None else {"maxnreg": most}
     if size == 4 and not tile.ahead:
         return {}
