@@ -71,7 +71,7 @@ class Runner:
         """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(120)
 
 
 def digests(directory: Path) -> dict[str, str]:

@@ -511,7 +511,7 @@ def test_a_signal_interrupts_and_the_same_command_resumes(
             assert any("block 1/2" in line for line in run.stdout)
             run.send_signal(number)
         for run in runs.values():
-            _, err = run.communicate(timeout=30)
+            _, err = run.communicate(timeout=120)
             assert run.returncode == 130, err
             assert err.startswith("interrupted; ")
             assert "the same command resumes it" in " ".join(err.split())
