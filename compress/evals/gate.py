@@ -239,8 +239,8 @@ def _kind(aggregation: str, series: _Series) -> Kind | None:
 def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Series, settings: Gate) -> Comparison:
     """One metric: its loss and bounds; not judged yet."""
     n = len(pairs)
-    sign = 1.0 if kind != "score" or task.higher_is_better.get(metric, True) else -1.0
-    losses = sign * (series.baseline - series.found)
+    down = kind in ("accuracy", "score") and not task.higher_is_better.get(metric, True)  # likelihoods are never lower
+    losses = series.found - series.baseline if down else series.baseline - series.found
     worse, better = int((losses > 0).sum()), int((losses < 0).sum())
     margin = {"accuracy": settings.margin, "score": settings.margin, "perplexity": settings.perplexity_margin}.get(
         kind, settings.loglikelihood_margin

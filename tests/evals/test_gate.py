@@ -72,6 +72,15 @@ def scored(correct: np.ndarray) -> list[Sample]:
     ]
 
 
+def measured(metric: str, values: list[float], aggregation: str = "mean", higher_is_better: bool = True) -> Outcomes:
+    """A task of one metric of generated answers, with these values."""
+    samples = [Sample("none", i, f"{i:016x}", "", (), (), None, {metric: (x,)}) for i, x in enumerate(values)]
+    found = outcomes(t=samples)
+    described = {"aggregation": {metric: aggregation}, "higher_is_better": {metric: higher_is_better}}
+    task = found.tasks[0].model_copy(update=described)
+    return found.model_copy(update={"tasks": (task,)}).with_samples({"t": samples})
+
+
 def two_models(draw: np.random.Generator, n: int, worse: float, better: float) -> tuple[list[Sample], list[Sample]]:
     """n samples on which a share `worse` turns from right to wrong, and a share `better` the other way."""
     kinds = draw.choice(4, n, p=[worse, better, 0.7 * (1 - worse - better), 0.3 * (1 - worse - better)])
@@ -225,6 +234,18 @@ def test_a_model_that_says_the_same_to_everything_fails() -> None:
     assert result.verdict == "fail"
     assert "50 answers are ties that were none in the baseline; they count as wrong" in result.notes[-1]
     assert gate(outcomes(t=constant), outcomes(t=constant)).verdict == "pass"
+
+
+@pytest.mark.parametrize("step", [1.0, 0.5])  # of rights and wrongs; of other means
+def test_a_metric_that_had_better_be_low_is_worse_when_it_rises(step: float) -> None:
+    low, high = ([0.0] * (60 - k) + [step] * k for k in (10, 40))
+    before, after = (measured("error", values, higher_is_better=False) for values in (low, high))
+    risen = only(gate(before, after), "error")
+    assert risen.loss == pytest.approx(30 * step / 60)
+    assert risen.verdict == "fail"
+    fallen = only(gate(after, before), "error")
+    assert fallen.loss == pytest.approx(-30 * step / 60)
+    assert fallen.verdict == "pass"
 
 
 def test_flips_and_answers() -> None:
