@@ -9,8 +9,9 @@ For each judged metric of each task, with the margin m that the plan states:
 - **inconclusive**: neither; there are too few samples for this margin.
 
 A model whose answers are those of the baseline, bit for bit, passes whatever their number. One with log-likelihoods
-that are not finite fails, and an answer that is a tie now and was none counts as wrong: argmax takes the first choice,
-and would call a model that says NaN or the same to everything perfect on minimal pairs.
+that are not finite fails, and an answer that is a tie in one model alone counts as wrong there: argmax takes the first
+choice, and would call a model that says NaN or the same to everything perfect on minimal pairs. Both models are held
+to it, since 16 bits make ties of their own: else of two equally good models the second would be the worse.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
     from compress.evals.statistics import Bounds
     from compress.plan import Gate
 
-    Pair = tuple[Sample, Sample]
+    Pair = tuple[Sample, Sample]  # of the baseline, of the model in question
 
 PERPLEXITIES = ("perplexity", "weighted_perplexity", "bits_per_byte")
+BASELINE, FOUND = 0, 1  # the sides of a pair
 SAME = "the same as the baseline, bit for bit"
 LOGLIKELIHOOD = "loglikelihood"  # of the right answer of a multiple choice: ours, lm-eval has no such metric
 
@@ -69,9 +71,11 @@ def compare(
         if all(one.margin is None for one in own):
             notes.append(f"{task.name}: none of its metrics is judged")
         broken = not_finite(found.samples[task.name])
-        ties = sum(_newly_tied(both) for both in pairs)
-        if ties:
-            notes.append(f"{task.name}: {ties:,} answers are ties that were none in the baseline; they count as wrong")
+        now, then = (sum(_tied_alone(both, side) for both in pairs) for side in (FOUND, BASELINE))
+        if now:
+            notes.append(f"{task.name}: {now:,} answers are ties that were none in the baseline; they count as wrong")
+        if then:
+            notes.append(f"{task.name}: {then:,} answers are ties in the baseline alone; they count as wrong there")
         if broken:
             notes.append(
                 f"{task.name}: {broken:,} of {task.samples:,} samples have log-likelihoods that are not finite"
@@ -142,10 +146,9 @@ def _check_metrics(found: Outcomes, settings: Gate) -> None:
             raise PlanError(f'no task has a metric "{metric}"{nearest(metric, known)}', where="gate.metrics", fix=fix)
 
 
-def _newly_tied(pair: Pair) -> bool:
-    """Whether the answer of a multiple choice is a tie in the second model alone."""
-    before, after = pair
-    return after.tied and not before.tied
+def _tied_alone(pair: Pair, side: int) -> bool:
+    """Whether the answer of a multiple choice is a tie in one of the models alone."""
+    return pair[side].tied and not pair[1 - side].tied
 
 
 def _differences(found: Outcomes, baseline: Outcomes) -> list[str]:
@@ -209,6 +212,10 @@ def _task(task: Task, pairs: list[Pair], settings: Gate) -> list[Comparison]:
         named = metric in settings.metrics
         if kind is None or not (named if settings.metrics else kind not in {one.kind for one in comparisons}):
             continue
+        if kind == "accuracy":
+            wrong = 0.0 if task.higher_is_better.get(metric, True) else 1.0
+            for side, values in ((BASELINE, series.baseline), (FOUND, series.found)):
+                values[[_tied_alone(both, side) for both in first]] = wrong
         comparisons.append(_compare(task, metric, kind, first, series, settings))
     if all(one.gold is not None for one, _ in first):
         before, after = (np.array([s.loglikelihoods[s.gold or 0] for s in side]) for side in zip(*first, strict=True))
@@ -223,8 +230,6 @@ def _series(pairs: list[Pair], metric: str) -> _Series | None:
         return None
     weights = [one[1] if len(one) == 2 else 1.0 for one, _ in rows]
     before, after = (np.array([row[side][0] for row in rows]) for side in (0, 1))
-    if metric == "acc":
-        after[[_newly_tied(both) for both in pairs]] = 0.0
     return _Series(before, after, np.array(weights))
 
 

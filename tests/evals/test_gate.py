@@ -179,6 +179,25 @@ def test_equal_perplexities_raise_no_false_alarm() -> None:
     assert failed <= at_most(0.05)
 
 
+def test_ties_of_equally_good_models_raise_no_false_alarm() -> None:
+    """A tenth of the answers of each is a tie, as with letters for answers in 16 bits, and right by their order half
+    the time."""
+    draw, failed = np.random.default_rng(7), 0
+    answers = {"tie": (-1.5, -1.5), "right": (-1.0, -2.0), "wrong": (-2.0, -1.0)}
+
+    def model() -> list[Sample]:
+        kinds = [("tie", "right", "wrong")[kind] for kind in draw.choice(3, 300, p=[0.1, 0.6, 0.3])]
+        rights = [kind == "right" or (kind == "tie" and bool(draw.integers(2))) for kind in kinds]
+        return [
+            Sample("none", i, f"{i:016x}", "", answers[kind], (False,) * 2, None, {"acc": (float(right),)})
+            for i, (kind, right) in enumerate(zip(kinds, rights, strict=True))
+        ]
+
+    for _ in range(GATES):
+        failed += gate(outcomes(t=model()), outcomes(t=model()), margin=0.0005).verdict == "fail"
+    assert failed <= at_most(0.05)
+
+
 # ------------------------------------------------------------------ verdicts
 
 
@@ -234,6 +253,21 @@ def test_a_model_that_says_the_same_to_everything_fails() -> None:
     assert result.verdict == "fail"
     assert "50 answers are ties that were none in the baseline; they count as wrong" in result.notes[-1]
     assert gate(outcomes(t=constant), outcomes(t=constant)).verdict == "pass"
+    gained = gate(outcomes(t=constant), outcomes(t=before))
+    assert gained.verdict == "pass"
+    assert "50 answers are ties in the baseline alone; they count as wrong there" in gained.notes[-1]
+
+
+@pytest.mark.parametrize(("higher", "wrong"), [(True, 0.0), (False, 1.0)])
+def test_a_tie_is_wrong_in_every_accuracy(higher: bool, wrong: float) -> None:
+    """Also where its order made it right, of an error rate as of a share of right answers."""
+    sides = []
+    for scores in ((-1.0, -2.0), (-1.0, -1.0)):
+        samples = [Sample("none", i, f"{i:016x}", "", scores, (False,) * 2, 0, {"x": (1 - wrong,)}) for i in range(50)]
+        found = measured("x", [1 - wrong] * 50, higher_is_better=higher)
+        sides.append(found.with_samples({"t": samples}))
+    one = only(gate(*sides), "x")
+    assert (one.baseline, one.value, one.verdict) == (1 - wrong, wrong, "fail")
 
 
 @pytest.mark.parametrize("step", [1.0, 0.5])  # of rights and wrongs; of other means
