@@ -205,7 +205,8 @@ def _task(task: Task, pairs: list[Pair], settings: Gate) -> list[Comparison]:
     first = [both for both in pairs if both[0].filter == filters[0]]  # the metrics of other filters are not judged
     comparisons: list[Comparison] = []
     for metric, aggregation in task.aggregation.items():
-        series = _series(first, metric)
+        counted = _counted(first, metric) if aggregation == "nanmean" else first
+        series = _series(counted, metric)
         if series is None:
             continue
         kind = _kind(aggregation, series)
@@ -215,8 +216,8 @@ def _task(task: Task, pairs: list[Pair], settings: Gate) -> list[Comparison]:
         if kind == "accuracy":
             wrong = 0.0 if task.higher_is_better.get(metric, True) else 1.0
             for side, values in ((BASELINE, series.baseline), (FOUND, series.found)):
-                values[[_tied_alone(both, side) for both in first]] = wrong
-        comparisons.append(_compare(task, metric, kind, first, series, settings))
+                values[[_tied_alone(both, side) for both in counted]] = wrong
+        comparisons.append(_compare(task, metric, kind, counted, series, settings))
     if all(one.gold is not None for one, _ in first):
         before, after = (np.array([s.loglikelihoods[s.gold or 0] for s in side]) for side in zip(*first, strict=True))
         series = _Series(before, after, np.ones(len(first)))
@@ -224,9 +225,14 @@ def _task(task: Task, pairs: list[Pair], settings: Gate) -> list[Comparison]:
     return comparisons
 
 
+def _counted(pairs: list[Pair], metric: str) -> list[Pair]:
+    """The pairs in which the baseline has a number. One that the model alone lacks stays: it may have said nothing."""
+    return [both for both in pairs if not any(map(math.isnan, both[BASELINE].metrics.get(metric, ())))]
+
+
 def _series(pairs: list[Pair], metric: str) -> _Series | None:
     rows = [(one.metrics.get(metric, ()), other.metrics.get(metric, ())) for one, other in pairs]
-    if not all(len(one) == len(other) and len(one) in (1, 2) for one, other in rows):
+    if not rows or not all(len(one) == len(other) and len(one) in (1, 2) for one, other in rows):
         return None
     weights = [one[1] if len(one) == 2 else 1.0 for one, _ in rows]
     before, after = (np.array([row[side][0] for row in rows]) for side in (0, 1))
@@ -238,7 +244,8 @@ def _kind(aggregation: str, series: _Series) -> Kind | None:
         return "perplexity"
     if aggregation not in ("mean", "nanmean") or not (series.weights == 1).all():
         return None
-    return "accuracy" if np.isin([series.baseline, series.found], (0, 1)).all() else "score"
+    values = np.concatenate([series.baseline, series.found])
+    return "accuracy" if np.isin(values[np.isfinite(values)], (0, 1)).all() else "score"
 
 
 def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Series, settings: Gate) -> Comparison:
@@ -260,7 +267,7 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Se
             else statistics.compare_losses(losses, series.weights, *levels)
         )
     inner = None if margin is None else math.log1p(margin) if kind == "perplexity" else margin
-    same = all(one.loglikelihoods and _outcome(one) == _outcome(other) for one, other in pairs)
+    same = finite and all(one.loglikelihoods and _outcome(one) == _outcome(other) for one, other in pairs)
     detects = (
         statistics.detectable(bounds.variance, n, inner, settings.alpha, settings.power)
         if bounds and inner is not None and math.isfinite(bounds.variance)
@@ -285,13 +292,26 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Se
         answer_kl=_answer_kl(pairs) if kind == "accuracy" and finite else None,
         detects=None if detects is None else _outer(kind, detects),
         needed=_needed(kind, bounds, inner, settings) if bounds and inner is not None else None,
-        why=SAME if same else "",
+        why=SAME if same else "" if finite else _not_finite(pairs, series),
     )
 
 
-def _outcome(sample: Sample) -> Any:
-    """What tells two models apart on a sample: log-likelihoods do, generated texts that are both right do not."""
-    return sample.loglikelihoods, sample.greedy, sample.metrics
+def _not_finite(pairs: list[Pair], series: _Series) -> str:
+    """Why a loss is not finite."""
+    if not_finite([found for _, found in pairs]):
+        return "log-likelihoods are not finite"
+    lacking, where = (~np.isfinite(series.baseline)).sum(), "in the baseline"
+    if not lacking:
+        lacking, where = (~np.isfinite(series.found)).sum(), "that are in the baseline"
+    return f"{lacking:,} of {len(pairs):,} values are not finite {where}"
+
+
+def _outcome(sample: Sample) -> str:
+    """What tells two models apart on a sample: log-likelihoods do, generated texts that are both right do not.
+
+    As text, in which NaN equals itself: some metrics leave a sample out so.
+    """
+    return repr((sample.loglikelihoods, sample.greedy, sample.metrics))
 
 
 def _outer(kind: Kind, loss: float) -> float:
@@ -344,7 +364,7 @@ def _judge(one: Comparison, settings: Gate) -> Comparison:
     assert one.margin is not None
     assert one.p_holm is not None
     if one.loss is None:
-        return one.model_copy(update={"verdict": "fail", "why": "log-likelihoods are not finite"})
+        return one.model_copy(update={"verdict": "fail"})
     if one.why == SAME:
         return one.model_copy(update={"verdict": "pass"})
     if one.high is not None and one.high < one.margin:

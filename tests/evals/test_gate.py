@@ -282,6 +282,29 @@ def test_a_metric_that_had_better_be_low_is_worse_when_it_rises(step: float) -> 
     assert fallen.verdict == "pass"
 
 
+def test_what_a_mean_leaves_out_is_left_out() -> None:
+    """lm-eval's nanmean is over the samples that have a number."""
+    nan = math.nan
+    before = measured("x", [1.0, 0.0, nan, 1.0] * 30, aggregation="nanmean")
+    after = measured("x", [1.0, 0.0, 1.0, 0.0] * 30, aggregation="nanmean")
+    one = only(gate(before, after, margin=0.2), "x")
+    assert one.samples == 90
+    assert (one.baseline, one.value, one.loss) == pytest.approx((2 / 3, 1 / 3, 1 / 3))
+    assert one.verdict == "fail"
+    silent = only(gate(after, before, margin=0.9), "x")  # it has no number where the baseline has one
+    assert silent.kind == "accuracy"
+    assert (silent.verdict, silent.why) == ("fail", "30 of 120 values are not finite that are in the baseline")
+    lacking = measured("x", [1.0, nan], aggregation="mean")
+    assert only(gate(lacking, lacking), "x").why == "1 of 2 values are not finite in the baseline"
+
+
+def test_samples_that_a_mean_leaves_out_are_the_same_as_themselves(tmp_path: Path) -> None:
+    samples = [replace(one, metrics=one.metrics | {"x": (math.nan,)}) for one in rights(True, False, True)]
+    outcomes(t=samples).save(tmp_path / "b.json")
+    result = gate(Outcomes.load(tmp_path / "b.json"), Outcomes.load(tmp_path / "b.json"))
+    assert only(result).why == "the same as the baseline, bit for bit"
+
+
 def test_flips_and_answers() -> None:
     before, after = rights(True, True, False, True), rights(True, False, True, True)
     found = only(gate(outcomes(t=before), outcomes(t=after), margin=0.9))
