@@ -258,15 +258,16 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Se
         kind, settings.loglikelihood_margin
     )
     levels = settings.alpha, settings.resamples
+    bits = task.aggregation.get(metric) == "bits_per_byte"
     finite = bool(np.isfinite(losses).all()) and not not_finite([found for _, found in pairs])
     bounds: Bounds | None = None
     if finite:
         bounds = (
             statistics.compare_flips(worse, better, n, *levels)
             if kind == "accuracy"
-            else statistics.compare_losses(losses, series.weights, *levels)
+            else statistics.compare_losses(losses, -series.baseline if bits else series.weights, *levels)
         )
-    inner = None if margin is None else math.log1p(margin) if kind == "perplexity" else margin
+    inner = None if margin is None else _inner(kind, margin, bits)
     same = finite and all(one.loglikelihoods and _outcome(one) == _outcome(other) for one, other in pairs)
     detects = (
         statistics.detectable(bounds.variance, n, inner, settings.alpha, settings.power)
@@ -281,16 +282,16 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Se
         samples=n,
         baseline=_shown(kind, metric, series.baseline, series.weights, task),
         value=_shown(kind, metric, series.found, series.weights, task) if finite else None,
-        loss=_outer(kind, bounds.loss) if bounds else None,
-        low=_outer(kind, bounds.low) if bounds else None,
-        high=_outer(kind, bounds.high) if bounds else None,
+        loss=_outer(kind, bounds.loss, bits) if bounds else None,
+        low=_outer(kind, bounds.low, bits) if bounds else None,
+        high=_outer(kind, bounds.high, bits) if bounds else None,
         margin=margin,
         p=bounds.p if bounds else None,
         flips=Flips(worse=worse, better=better, answers=sum(answers) if answers else None)
         if kind == "accuracy"
         else None,
         answer_kl=_answer_kl(pairs) if kind == "accuracy" and finite else None,
-        detects=None if detects is None else _outer(kind, detects),
+        detects=None if detects is None else _outer(kind, detects, bits),
         needed=_needed(kind, bounds, inner, settings) if bounds and inner is not None else None,
         why=SAME if same else "" if finite else _not_finite(pairs, series),
     )
@@ -314,9 +315,14 @@ def _outcome(sample: Sample) -> str:
     return repr((sample.loglikelihoods, sample.greedy, sample.metrics))
 
 
-def _outer(kind: Kind, loss: float) -> float:
-    """A loss as it is shown: of a perplexity the relative increase, which is linear in nats inside."""
-    return math.expm1(min(loss, 700.0)) if kind == "perplexity" else loss
+def _inner(kind: Kind, loss: float, bits: bool) -> float:
+    """A loss as it is summed: of a perplexity nats; of bits per byte the relative increase itself."""
+    return math.log1p(loss) if kind == "perplexity" and not bits else loss
+
+
+def _outer(kind: Kind, loss: float, bits: bool) -> float:
+    """A loss as it is shown: of a perplexity and of bits per byte the relative increase."""
+    return math.expm1(min(loss, 700.0)) if kind == "perplexity" and not bits else loss
 
 
 def _shown(kind: Kind, metric: str, values: Any, weights: Any, task: Task) -> float:

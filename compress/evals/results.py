@@ -91,9 +91,9 @@ class TasksInfo(Settings):
 class Comparison(Settings):
     """One metric of one task against the baseline, on the same samples.
 
-    `loss` is a share for accuracies, a relative increase for perplexities, nats per sample for log-likelihoods; `low`
-    and `high` bound it, each at level alpha. `p` is that of a model which is no worse, `p_holm` after correction over
-    all comparisons. `margin` None: shown, not judged.
+    `loss` is a share for accuracies, a relative increase for perplexities and bits per byte, nats per sample for
+    log-likelihoods; `low` and `high` bound it, each at level alpha. `p` is that of a model which is no worse, `p_holm`
+    after correction over all comparisons. `margin` None: shown, not judged.
     """
 
     task: str

@@ -169,6 +169,30 @@ def test_perplexity_alarms_and_passes() -> None:
         assert found.baseline == pytest.approx(math.exp(5))
 
 
+def test_the_loss_of_bits_per_byte_is_their_own_increase() -> None:
+    """Not that of the perplexity per byte: at 6 bits a byte, 8 % more bits are 39 % more perplexity."""
+    draw = np.random.default_rng(8)
+    sizes = draw.integers(50, 500, 60)
+    before = -6.0 * math.log(2) * sizes * draw.uniform(0.9, 1.1, 60)
+    after = before * (1.08 + draw.normal(0, 0.005, 60))
+    sides = []
+    for values in (before, after):
+        samples = [sample(i, loglikelihood=float(x), size=int(sizes[i])) for i, x in enumerate(values)]
+        found = outcomes(t=samples)
+        task = found.tasks[0].model_copy(update={"aggregation": {"word_perplexity": "bits_per_byte"}})
+        sides.append(found.model_copy(update={"tasks": (task,)}).with_samples({"t": samples}))
+    one = only(gate(*sides, perplexity_margin=0.1), "word_perplexity")
+    bits = [-values.sum() / sizes.sum() / math.log(2) for values in (before, after)]
+    assert (one.baseline, one.value) == pytest.approx(tuple(bits))
+    assert one.loss == pytest.approx(bits[1] / bits[0] - 1)
+    ends = [
+        np.quantile([after[rows].sum() / before[rows].sum() - 1 for rows in draw.integers(60, size=(4000, 60))], q)
+        for q in (0.05, 0.95)
+    ]
+    assert (one.low, one.high) == pytest.approx(tuple(ends), abs=2e-4)
+    assert (one.verdict, only(gate(*sides, perplexity_margin=0.07), "word_perplexity").verdict) == ("pass", "fail")
+
+
 def test_equal_perplexities_raise_no_false_alarm() -> None:
     draw, failed = np.random.default_rng(6), 0
     for _ in range(GATES):
