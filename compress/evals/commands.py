@@ -292,7 +292,7 @@ def print_gate(result: GateResult, console: Console) -> None:
 
 def cells(one: Comparison) -> tuple[str, str, str, str, str]:
     """Loss, its upper bound and margin, baseline and value, in the units of the metric."""
-    show = figure if one.kind == "loglikelihood" else signed
+    show = figure if one.kind in ("loglikelihood", "score") else signed
     values = (figure(one.baseline, "not finite"), figure(one.value, "not finite"))
     margin = "-" if one.margin is None else show(one.margin)
     return (show(one.loss), show(one.high), margin, *values)

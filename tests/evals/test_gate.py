@@ -14,6 +14,7 @@ from scipy import stats
 
 from compress.errors import PlanError
 from compress.evals.ci import junit, summary, workflow_commands
+from compress.evals.commands import cells
 from compress.evals.gate import compare
 from compress.evals.outcomes import Outcomes, Sample, Task, prompts_hash
 from compress.plan import Gate
@@ -304,6 +305,14 @@ def test_a_metric_that_had_better_be_low_is_worse_when_it_rises(step: float) -> 
     fallen = only(gate(after, before), "error")
     assert fallen.loss == pytest.approx(-30 * step / 60)
     assert fallen.verdict == "pass"
+
+
+def test_a_mean_that_is_no_share_has_a_unit_of_its_own() -> None:
+    """Marks from 1 to 10 that fall by 0.3 lose no 30 %."""
+    marks = [4.0, 5.5, 7.0, 3.5] * 20
+    one = only(gate(measured("marks", marks), measured("marks", [mark - 0.3 for mark in marks])), "marks")
+    assert (one.kind, one.loss) == ("score", pytest.approx(0.3))
+    assert cells(one)[:3] == ("0.300", "0.300", "0.0100")
 
 
 def test_what_a_mean_leaves_out_is_left_out() -> None:
