@@ -341,14 +341,19 @@ def percent(share: float | None) -> str:
 
 
 def signed(share: float | None) -> str:
-    """A share as "-0.12 %", to two digits, whatever its sign and size."""
-    return "-" if share is None else f"{100 * share:.2f} %"
+    """A share as "-0.12 %", to two digits whatever its sign; scientific from a million: what is broken has any size."""
+    if share is None:
+        return "-"
+    text = f"{100 * share:,.2f} %" if abs(share) < 1e4 else f"{100 * share:.2e} %"
+    return text[1:] if text == "-0.00 %" else text
 
 
 def change(before: float | None, after: float | None) -> str:
-    """The relative change as "-46.51 %"."""
-    text = f"{100 * (after / before - 1):+.2f} %" if before and after is not None else "-"
-    return text[1:] if text in ("+0.00 %", "-0.00 %") else text
+    """The relative change as "-46.51 %" or "+19.63 %"."""
+    if not before or after is None:
+        return "-"
+    text = signed(after / before - 1)
+    return text if text.startswith("-") or text == "0.00 %" else f"+{text}"
 
 
 def _kinds(report: Report) -> dict[str, list[LedgerLine]]:

@@ -39,6 +39,7 @@ from compress.report import (
     load_report,
     percent,
     print_summary,
+    signed,
     write_report,
 )
 
@@ -460,6 +461,16 @@ def test_comparison_without_a_dense_score() -> None:
     line = made_up().evaluation[0].model_copy(update={"dense": None, "divergence": None})
     rows = comparison(made_up(evaluation=(line,)))
     assert ("perplexity, wikitext", "-", "141.027", "-") in rows
+
+
+def test_losses_and_changes_of_any_size_stay_short() -> None:
+    """A broken model's perplexity has no bound; rounding leaves no sign before 0."""
+    losses = (None, -1e-9, 0.0, -0.2, 12.3, 1e4, 1e304)
+    told = ["-", "0.00 %", "0.00 %", "-20.00 %", "1,230.00 %", "1.00e+06 %", "1.00e+306 %"]
+    assert [signed(loss) for loss in losses] == told
+    assert [change(50.0, after) for after in (None, 50.0, 40.0, 60.0, 1e17)] == [
+        "-", "0.00 %", "-20.00 %", "+20.00 %", "+2.00e+17 %",
+    ]  # fmt: skip
 
 
 def test_figures() -> None:
