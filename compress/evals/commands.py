@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
     from compress.evals.outcomes import Outcomes
     from compress.evals.results import Comparison, Figure, GateResult, TaskLine
+
+
+LEAST_NAME = 13  # characters of the column of names, which holds "loglikelihood"
+NO_BREAK = "\u00a0"
 
 
 def settings_of(**options: Any) -> Evaluate:
@@ -97,11 +102,18 @@ def print_tasks(lines: tuple[TaskLine, ...], groups: dict[str, dict[str, float |
 
 
 def _print_rows(headings: tuple[str, ...], rows: dict[str, list[tuple[str, ...]]], console: Console) -> None:
-    """Rows below the names of their tasks, which have lines of their own: a column would break them inside a word."""
+    """Rows below the names of their tasks, which have lines of their own: a column would break them inside a word.
+
+    Where the console is too narrow for the columns, each row is a name with its figures in words below it.
+    """
     cells = [headings, *(row for some in rows.values() for row in some)]
     widths = [max(len(row[column]) for row in cells) for column in range(1, len(headings))]
-    room = console.width - sum(width + 2 for width in widths)
-    first = max(12, min(room - 2, max(len(row[0]) for row in cells)))
+    room = console.width - sum(width + 2 for width in widths) - 2
+    longest = max(len(row[0]) for row in cells)
+    if room < min(longest, LEAST_NAME):
+        _print_words(headings, rows, console)
+        return
+    first = max(LEAST_NAME, min(room, longest))
 
     def show(name: str, figures: tuple[str, ...]) -> None:
         table = Table(box=None, pad_edge=False, show_header=False)
@@ -117,6 +129,18 @@ def _print_rows(headings: tuple[str, ...], rows: dict[str, list[tuple[str, ...]]
         console.print(Text(task, overflow="fold"))  # a name is no markup
         for name, *figures in some:
             show(name, tuple(figures))
+
+
+def _print_words(headings: tuple[str, ...], rows: dict[str, list[tuple[str, ...]]], console: Console) -> None:
+    """Rows as words, "loss 0.12 %, margin 1.00 %"; a line breaks between figures, not within one."""
+    for task, some in rows.items():
+        console.print(Text(task, overflow="fold"))
+        for name, *figures in some:
+            console.print(Text(f"  {name}", overflow="fold"))
+            words = [f"{heading} {one}" for heading, one in zip(headings[1:], figures, strict=True) if one.strip("-")]
+            text = ", ".join(words).replace(" ", NO_BREAK).replace(f",{NO_BREAK}", ", ")
+            lines = wrap(text, console.width, initial_indent=" " * 4, subsequent_indent=" " * 4)
+            console.print(Text("\n".join(lines).replace(NO_BREAK, " "), overflow="fold"))
 
 
 def warn(warnings: list[str], console: Console) -> None:

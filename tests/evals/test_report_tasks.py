@@ -187,6 +187,19 @@ def test_the_terminal(width: int) -> None:
     assert all(len(line) <= width for line in table)
 
 
+@pytest.mark.parametrize("width", [40, 60, 66, 67, 80])
+def test_a_narrow_terminal_cuts_nothing(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    print_tasks((task(ties=0, divergence=None),), {}, console)
+    print_gate(gated(compared(), compared(metric="loglikelihood", kind="loglikelihood", verdict=None, why="")), console)
+    table, remarks, _ = console.file.getvalue().partition("minimal_pairs:pairs, acc:")  # type: ignore[attr-defined]
+    assert remarks
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= width
+    for whole in ("0.702 to 0.758", "inconclusive", "1.10 %", "2.31 %", "2.00 %", "0.742", "0.731", "loglikelihood"):
+        assert any(whole in line for line in lines)
+
+
 def test_the_terminal_breaks_no_name_that_a_line_holds() -> None:
     console = Console(file=io.StringIO(), width=80)
     named = [compared(task="minimal_pairs:agreement"), compared(task="minimal_pairs:agreement", metric="perplexity")]
