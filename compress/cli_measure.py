@@ -209,7 +209,7 @@ def gate(
     power
         For the sample sizes that are stated.
     metrics
-        Metrics to judge; default: of each kind a task's first.
+        A metric to judge, as compress eval names it; can be given several times. Default: of each kind a task's first.
     inconclusive
         What too few samples count as: "fail" or "pass".
     dense

@@ -27,6 +27,7 @@ from compress import __version__
 from compress.errors import PlanError, nearest
 from compress.evals import statistics
 from compress.evals.harness import not_finite
+from compress.evals.outcomes import filters_of, metric_name
 from compress.evals.results import Comparison, Flips, GateResult, Kind, Verdict
 
 if TYPE_CHECKING:
@@ -66,12 +67,14 @@ def compare(
     notes = _differences(found, baseline)
     for task in found.tasks:
         pairs = pair(task.name, found.samples[task.name], baseline.samples[task.name], name)
-        own = _task(task, pairs, settings)
+        filters = filters_of(found.samples[task.name])
+        first = [both for both in pairs if both[FOUND].filter == filters[0]]  # each document once
+        own = _task(task, filters, pairs, settings)
         comparisons += own
         if all(one.margin is None for one in own):
             notes.append(f"{task.name}: none of its metrics is judged")
-        broken = not_finite(found.samples[task.name])
-        now, then = (sum(_tied_alone(both, side) for both in pairs) for side in (FOUND, BASELINE))
+        broken = not_finite([after for _, after in first])
+        now, then = (sum(_tied_alone(both, side) for both in first) for side in (FOUND, BASELINE))
         if now:
             notes.append(f"{task.name}: {now:,} answers are ties that were none in the baseline; they count as wrong")
         if then:
@@ -139,7 +142,7 @@ def check_conditions(found: Outcomes, baseline: Outcomes, name: str) -> None:
 
 def _check_metrics(found: Outcomes, settings: Gate) -> None:
     """Refuse the name of a metric that no task has."""
-    known = {metric for task in found.tasks for metric in task.aggregation}
+    known = {metric for task in found.tasks for metric in (*task.aggregation, *task.metrics)}
     for metric in settings.metrics:
         if metric not in known:
             fix = f"the metrics of these tasks are {', '.join(sorted(known))}"
@@ -191,7 +194,7 @@ def pair(task: str, found: Sequence[Sample], baseline: Sequence[Sample], name: s
 
 
 @dataclass(frozen=True)
-class _Series:
+class Series:
     """The values (n,) of a metric in both models, and the weights (n,)."""
 
     baseline: Any
@@ -199,28 +202,35 @@ class _Series:
     weights: Any
 
 
-def _task(task: Task, pairs: list[Pair], settings: Gate) -> list[Comparison]:
-    """The comparisons of one task: the first accuracy, the first perplexity, the likelihood of right answers."""
-    filters = list(dict.fromkeys(one.filter for one, _ in pairs))
-    first = [both for both in pairs if both[0].filter == filters[0]]  # the metrics of other filters are not judged
+def _task(task: Task, filters: list[str], pairs: list[Pair], settings: Gate) -> list[Comparison]:
+    """The comparisons of one task: the first accuracy, the first perplexity, the likelihood of right answers.
+
+    Of several filters the first counts, unless `metrics` names another, as "exact_match,flexible-extract".
+    """
+    under = {chosen: [both for both in pairs if both[FOUND].filter == chosen] for chosen in filters}
+    first = under[filters[0]]
     comparisons: list[Comparison] = []
     for metric, aggregation in task.aggregation.items():
-        counted = _counted(first, metric) if aggregation == "nanmean" else first
-        series = _series(counted, metric)
-        if series is None:
-            continue
-        kind = _kind(aggregation, series)
-        named = metric in settings.metrics
-        if kind is None or not (named if settings.metrics else kind not in {one.kind for one in comparisons}):
-            continue
-        if kind == "accuracy":
-            wrong = 0.0 if task.higher_is_better.get(metric, True) else 1.0
-            for side, values in ((BASELINE, series.baseline), (FOUND, series.found)):
-                values[[_tied_alone(both, side) for both in counted]] = wrong
-        comparisons.append(_compare(task, metric, kind, counted, series, settings))
+        for chosen, own in under.items():
+            name = metric_name(metric, chosen)
+            counted = _counted(own, metric) if aggregation == "nanmean" else own
+            series = series_of(counted, metric)
+            kind = series and kind_of(aggregation, series)
+            if not series or not kind:
+                continue
+            named = name in settings.metrics or (own is first and metric in settings.metrics)
+            default = own is first and kind not in {one.kind for one in comparisons}
+            if not (named if settings.metrics else default):
+                continue
+            if kind == "accuracy":
+                wrong = 0.0 if task.higher_is_better.get(metric, True) else 1.0
+                for side, values in ((BASELINE, series.baseline), (FOUND, series.found)):
+                    values[[_tied_alone(both, side) for both in counted]] = wrong
+            compared = _compare(task, metric, kind, counted, series, settings)
+            comparisons.append(compared.model_copy(update={"metric": name}))
     if all(one.gold is not None for one, _ in first):
         before, after = (np.array([s.loglikelihoods[s.gold or 0] for s in side]) for side in zip(*first, strict=True))
-        series = _Series(before, after, np.ones(len(first)))
+        series = Series(before, after, np.ones(len(first)))
         comparisons.append(_compare(task, LOGLIKELIHOOD, "loglikelihood", first, series, settings))
     return comparisons
 
@@ -230,16 +240,18 @@ def _counted(pairs: list[Pair], metric: str) -> list[Pair]:
     return [both for both in pairs if not any(map(math.isnan, both[BASELINE].metrics.get(metric, ())))]
 
 
-def _series(pairs: list[Pair], metric: str) -> _Series | None:
+def series_of(pairs: list[Pair], metric: str) -> Series | None:
+    """What the pairs have of a metric; None unless each has a number, or one and a weight."""
     rows = [(one.metrics.get(metric, ()), other.metrics.get(metric, ())) for one, other in pairs]
     if not rows or not all(len(one) == len(other) and len(one) in (1, 2) for one, other in rows):
         return None
     weights = [one[1] if len(one) == 2 else 1.0 for one, _ in rows]
     before, after = (np.array([row[side][0] for row in rows]) for side in (0, 1))
-    return _Series(before, after, np.array(weights))
+    return Series(before, after, np.array(weights))
 
 
-def _kind(aggregation: str, series: _Series) -> Kind | None:
+def kind_of(aggregation: str, series: Series) -> Kind | None:
+    """How a metric is compared; None: it is no mean and no perplexity of its samples."""
     if aggregation in PERPLEXITIES:
         return "perplexity"
     if aggregation not in ("mean", "nanmean") or not (series.weights == 1).all():
@@ -248,11 +260,16 @@ def _kind(aggregation: str, series: _Series) -> Kind | None:
     return "accuracy" if np.isin(values[np.isfinite(values)], (0, 1)).all() else "score"
 
 
-def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Series, settings: Gate) -> Comparison:
+def losses_of(task: Task, metric: str, kind: Kind, series: Series) -> Any:
+    """What the model is worse by on each sample: (n,). Likelihoods are never better when they fall."""
+    down = kind in ("accuracy", "score") and not task.higher_is_better.get(metric, True)
+    return series.found - series.baseline if down else series.baseline - series.found
+
+
+def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: Series, settings: Gate) -> Comparison:
     """One metric: its loss and bounds; not judged yet."""
     n = len(pairs)
-    down = kind in ("accuracy", "score") and not task.higher_is_better.get(metric, True)  # likelihoods are never lower
-    losses = series.found - series.baseline if down else series.baseline - series.found
+    losses = losses_of(task, metric, kind, series)
     worse, better = int((losses > 0).sum()), int((losses < 0).sum())
     margin = {"accuracy": settings.margin, "score": settings.margin, "perplexity": settings.perplexity_margin}.get(
         kind, settings.loglikelihood_margin
@@ -297,7 +314,7 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: _Se
     )
 
 
-def _not_finite(pairs: list[Pair], series: _Series) -> str:
+def _not_finite(pairs: list[Pair], series: Series) -> str:
     """Why a loss is not finite."""
     if not_finite([found for _, found in pairs]):
         return "log-likelihoods are not finite"

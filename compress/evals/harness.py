@@ -31,7 +31,7 @@ from compress import __version__
 from compress.calibration.sources import file_digest
 from compress.calibration.tokenizer import load_tokenizer
 from compress.errors import PlanError
-from compress.evals.outcomes import Outcomes, Sample, Task, prompts_hash
+from compress.evals.outcomes import Outcomes, Sample, Task, filters_of, prompts_hash
 from compress.evals.specs import load_tasks, read_specs
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ def _task(name: str, spec: Spec, digest: str, task: Any, values: dict[str, Any],
         version=str(task.VERSION),
         num_fewshot=int(task.get_config("num_fewshot") or 0),
         output_type=task.OUTPUT_TYPE,
-        samples=len(samples),
+        samples=len(samples) // len(filters_of(samples)) if samples else 0,
         metrics=_figures(values),
         aggregation=aggregation,
         higher_is_better={metric: bool(value) for metric, value in task.higher_is_better().items()},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.evals import statistics
-from compress.evals.gate import PERPLEXITIES, pair
+from compress.evals.gate import PERPLEXITIES, kind_of, losses_of, pair, series_of
 from compress.evals.harness import not_finite
 from compress.evals.results import Figure, Flips, MetricLine, TaskLine, TasksInfo
 
@@ -47,6 +47,7 @@ def unheeded(found: Outcomes) -> list[str]:
 
 def _line(task: Task, found: Outcomes, dense: Outcomes | None, tokens: TokenLine | None) -> TaskLine:
     samples = found.samples[task.name]
+    first = _once(samples)
     before = {one.name: one for one in dense.tasks}.get(task.name) if dense else None
     return TaskLine(
         task=task.name,
@@ -61,9 +62,9 @@ def _line(task: Task, found: Outcomes, dense: Outcomes | None, tokens: TokenLine
             )
             for name in task.metrics
         ),
-        ties=sum(one.tied for one in samples),
-        not_finite=not_finite(samples),
-        flips=_flips(task, dense.samples[task.name], samples) if dense and before else None,
+        ties=sum(one.tied for one in first),
+        not_finite=not_finite(first),
+        flips=_flips(task, _once(dense.samples[task.name]), first) if dense and before else None,
         divergence=tokens.divergence if tokens else None,
         positions=tokens.positions if tokens else (),
     )
@@ -89,17 +90,19 @@ def _perplexity(aggregation: str, mean: float) -> float:
     return -mean / math.log(2) if aggregation == "bits_per_byte" else math.exp(min(-mean, 700.0))
 
 
+def _once(samples: list[Sample]) -> list[Sample]:
+    """Each document once: under the task's first filter."""
+    return [one for one in samples if one.filter == samples[0].filter]
+
+
 def _flips(task: Task, dense: list[Sample], found: list[Sample]) -> Flips | None:
     """Of the first accuracy that the task has."""
     pairs = pair(task.name, found, dense, "the dense model")
-    metric = next((name for name, how in task.aggregation.items() if how == "mean"), None)
     answers = [one.answer != other.answer for one, other in pairs if one.answer is not None]
-    both = [(one.metrics.get(metric or ""), other.metrics.get(metric or "")) for one, other in pairs]
-    changes = [one[0] - other[0] for one, other in both if one and other]
-    if not changes:
-        return None
-    return Flips(
-        worse=sum(change > 0 for change in changes),
-        better=sum(change < 0 for change in changes),
-        answers=sum(answers) if answers else None,
-    )
+    for metric, aggregation in task.aggregation.items():
+        series = series_of(pairs, metric)
+        if series and kind_of(aggregation, series) == "accuracy":
+            losses = losses_of(task, metric, "accuracy", series)
+            worse, better = int((losses > 0).sum()), int((losses < 0).sum())
+            return Flips(worse=worse, better=better, answers=sum(answers) if answers else None)
+    return None

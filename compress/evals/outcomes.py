@@ -66,6 +66,16 @@ class Sample:
         return len(self.loglikelihoods) > 1 and self.loglikelihoods.count(max(self.loglikelihoods)) > 1
 
 
+def filters_of(samples: Iterable[Sample]) -> list[str]:
+    """The filters of a task, in its order; each document has a sample under each of them."""
+    return list(dict.fromkeys(sample.filter for sample in samples))
+
+
+def metric_name(metric: str, chosen: str) -> str:
+    """A metric under a filter, as it is shown: "exact_match,strict-match", or "acc" under the default one."""
+    return metric if chosen == "none" else f"{metric},{chosen}"
+
+
 class Task(Settings):
     """One task: how it was asked, and the harness's own figures. `hash` is that of its configuration."""
 
@@ -76,8 +86,8 @@ class Task(Settings):
     version: str
     num_fewshot: int
     output_type: str
-    samples: int
-    metrics: dict[str, Measured]  # "acc,none" or, of the default filter, "acc"
+    samples: int  # documents
+    metrics: dict[str, Measured]  # by `metric_name`
     aggregation: dict[str, str]  # "mean", "perplexity", "weighted_perplexity", ...
     higher_is_better: dict[str, bool]
 

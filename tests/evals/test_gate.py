@@ -370,6 +370,32 @@ def test_holm_over_tasks() -> None:
     assert found.verdict == "inconclusive"
 
 
+def filtered(strict: list[float], flexible: list[float]) -> Outcomes:
+    """Generated answers under two filters, the first of which is not the first by the alphabet."""
+    samples = [
+        Sample(chosen, i, f"{i:016x}", "", (), (), None, {"exact_match": (value,)})
+        for chosen, values in (("strict-match", strict), ("flexible-extract", flexible))
+        for i, value in enumerate(values)
+    ]
+    found = measured("exact_match", [])
+    names = {f"exact_match,{chosen}": 0.0 for chosen in ("strict-match", "flexible-extract")}
+    task = found.tasks[0].model_copy(update={"metrics": names, "samples": len(strict)})
+    return found.model_copy(update={"tasks": (task,)}).with_samples({"t": samples})
+
+
+def test_of_several_filters_the_first_is_judged_or_the_one_that_is_named() -> None:
+    before = filtered([0.0] * 400, [1.0] * 400)
+    after = filtered([0.0] * 400, [0.0] * 400)
+    strict, flexible = "exact_match,strict-match", "exact_match,flexible-extract"
+    for metrics, shown in (((), [strict]), (("exact_match",), [strict]), ((flexible,), [flexible])):
+        found = gate(before, after, metrics=metrics).comparisons
+        assert [one.metric for one in found] == shown
+        assert found[0].samples == 400
+    assert only(gate(before, after), strict).verdict == "pass"
+    assert only(gate(before, after, metrics=(flexible,)), flexible).verdict == "fail"
+    assert len(gate(before, after, metrics=(strict, flexible)).comparisons) == 2
+
+
 # ------------------------------------------------------------------ refusals
 
 

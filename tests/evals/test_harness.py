@@ -253,6 +253,30 @@ def test_the_hash_of_a_tokenizer(home: Path) -> None:
     assert tokenizer_hash(first) != tokenizer_hash(second)
 
 
+def test_answers_under_two_filters(home: Path, tmp_path: Path) -> None:
+    """Each document is one sample, whatever the number of filters that look at its answer."""
+    write_rows(tmp_path / "rows.jsonl", WORDS)
+    (tmp_path / "said.yaml").write_text(
+        f"""task: said
+dataset_path: json
+dataset_kwargs: {{data_files: {tmp_path / "rows.jsonl"}}}
+test_split: train
+output_type: generate_until
+doc_to_text: "{{{{context}}}}"
+doc_to_target: "{{{{continuation}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 3, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+filter_list:
+  - {{name: strict, filter: [{{function: regex, regex_pattern: "^never$"}}, {{function: take_first}}]}}
+  - {{name: loose, filter: [{{function: take_first}}]}}
+"""
+    )
+    found = run(home / "model", "said.yaml", folder=tmp_path)
+    assert found.tasks[0].samples == len(WORDS)
+    assert set(found.tasks[0].metrics) == {"exact_match,strict", "exact_match,loose"}
+    assert len(found.samples["said"]) == 2 * len(WORDS)
+
+
 # ------------------------------------------------------------------ the cache
 
 
