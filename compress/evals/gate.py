@@ -59,7 +59,8 @@ def compare(
         tokens: divergence token by token, to go with the result.
 
     Raises:
-        PlanError: they do not compare: another harness, batch size, tokenizer, prompt or set of samples.
+        PlanError: they do not compare: another harness, batch size, tokenizer, prompt or set of samples; or a metric
+            that is named cannot be judged.
     """
     check_conditions(found, baseline, name)
     _check_metrics(found, settings)
@@ -83,6 +84,10 @@ def compare(
             notes.append(
                 f"{task.name}: {broken:,} of {task.samples:,} samples have log-likelihoods that are not finite"
             )
+    for metric in settings.metrics:
+        if metric not in {shown for one in comparisons for shown in (one.metric, one.metric.partition(",")[0])}:
+            problem = f'"{metric}" cannot be judged: it is no mean and no perplexity of its samples'
+            raise PlanError(problem, where="gate.metrics", fix="leave it away, or name another metric")
     judged = [index for index, one in enumerate(comparisons) if one.margin is not None]
     if not judged:
         raise PlanError("no metric of these tasks can be judged", where=name, fix="give a task with an accuracy")

@@ -406,6 +406,15 @@ def test_a_metric_that_no_task_has() -> None:
         gate(same, same, metrics=("acc_nrom",))
 
 
+def test_a_metric_that_is_named_and_cannot_be_judged() -> None:
+    """F1 over all samples has no value of a single one; the gate must not pass as if it had looked."""
+    made = outcomes(t=[replace(one, metrics=one.metrics | {"f1": (0.0, 1.0)}) for one in rights(True, False)])
+    task = made.tasks[0].model_copy(update={"aggregation": {"acc": "mean", "f1": "f1_score"}})
+    made = made.model_copy(update={"tasks": (task,)}).with_samples(made.samples)
+    with pytest.raises(PlanError, match='"f1" cannot be judged: it is no mean and no perplexity of its samples'):
+        gate(made, made, metrics=("acc", "f1"))
+
+
 def test_a_task_that_is_not_judged_is_named() -> None:
     texts = [sample(0, loglikelihood=-3.0, size=4)]
     both = outcomes(t=rights(True), texts=texts)
