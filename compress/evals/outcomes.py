@@ -149,7 +149,10 @@ class Outcomes(Settings):
             PlanError: a file is missing, damaged, of another kind or of a newer version.
         """
         try:
-            content = from_json(read(path, MAX_JSON), allow_inf_nan=False)
+            written = read(path, MAX_JSON)
+            if b'"lm_eval_version"' in written:
+                raise ValueError("it is a result of lm-eval's own command, without the samples that a gate compares")
+            content = from_json(written, allow_inf_nan=False)
             version = content.get("schema_version") if isinstance(content, dict) else None
             if isinstance(version, int) and version > SCHEMA_VERSION:
                 raise ValueError(f"it has schema version {version}, and this compress reads up to {SCHEMA_VERSION}")

@@ -488,6 +488,10 @@ def test_stored_outcomes_come_back(tmp_path: Path) -> None:
         (lambda folder: (folder / "b.json").unlink(), "cannot be read: No such file"),
         (lambda folder: (folder / "b.parquet").unlink(), "cannot be read: No such file"),
         (lambda folder: (folder / "b.json").write_text("{"), "cannot be read"),
+        (
+            lambda folder: (folder / "b.json").write_text('{"results": {"acc": NaN}, "lm_eval_version": "0.4.13"}'),
+            "cannot be read: it is a result of lm-eval's own command",
+        ),
         (lambda folder: (folder / "b.json").write_text("{}"), "compress_version: Field required"),
         (lambda folder: (folder / "b.parquet").write_bytes(b"PAR1"), "b.parquet is not the file that belongs to it"),
         (
