@@ -112,7 +112,7 @@ def evaluate(
     scores = show_tasks(directory, settings, dense, chosen, cache=cache, console=None if as_json else out)
     if as_json:
         measured = [line.model_dump(mode="json") for line in lines]
-        print_json({"texts": measured, "tasks": scores} if tasks else measured)
+        print_json({"texts": measured, **scores} if tasks else measured)
     elif lines:
         from compress.checking import print_evaluation
 

@@ -53,10 +53,14 @@ def show_tasks(
     *,
     cache: bool,
     console: Console | None,
-) -> list[dict[str, Any]]:
-    """Evaluate the tasks of `settings`, of the dense model too where one is given; print them, and return them."""
+) -> dict[str, Any]:
+    """Evaluate the tasks of `settings`, of the dense model too where one is given; print them.
+
+    Returns:
+        what JSON has of them: "tasks", and "groups", the aggregates of lm-eval's groups; nothing without tasks.
+    """
     if not settings.tasks:
-        return []
+        return {}
     from compress.evals.divergence import token_lines
     from compress.evals.harness import run_tasks
     from compress.evals.lines import task_lines, unheeded
@@ -73,7 +77,7 @@ def show_tasks(
             highlight=False,
             soft_wrap=True,
         )
-    return [line.model_dump(mode="json") for line in lines]
+    return {"tasks": [line.model_dump(mode="json") for line in lines], "groups": found.groups}
 
 
 def print_tasks(lines: tuple[TaskLine, ...], groups: dict[str, dict[str, float | None]], console: Console) -> None:

@@ -135,6 +135,27 @@ def test_a_number_of_examples_that_a_task_does_not_heed(folder: Path, capsys: py
     assert says in command(capsys, "plan.toml").out
 
 
+def test_groups_are_in_the_json_as_in_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "mine").mkdir()
+    for name, start in (("one", 0), ("two", 30)):
+        (folder / "mine" / f"{name}.jsonl").write_text(
+            "".join((folder / "pairs.jsonl").read_text().splitlines(keepends=True)[start:])
+        )
+        (folder / "mine" / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {folder / 'mine' / name}.jsonl}}\n"
+            'test_split: train\noutput_type: multiple_choice\ndoc_to_text: ""\ndoc_to_target: 0\n'
+            'doc_to_choice: "{{[sentence_good, sentence_bad]}}"\nmetric_list: [{metric: acc}]\n'
+        )
+    aggregate = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]"
+    (folder / "mine" / "both.yaml").write_text(f"group: both\ntask: [one, two]\n{aggregate}\n")
+    arguments = ("eval", "model", "--tasks", "both", "--include-path", "mine")
+    found = json.loads(command(capsys, *arguments, "--json").out)
+    right = sum(line["samples"] * line["metrics"][0]["compressed"]["value"] for line in found["tasks"])
+    assert [line["samples"] for line in found["tasks"]] == [43, 13]
+    assert found["groups"] == {"both": {"acc": pytest.approx(right / 56)}}
+    assert "group both" in command(capsys, *arguments).out
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
