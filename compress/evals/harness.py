@@ -332,9 +332,11 @@ def _sample(found: dict[str, Any], task: Any) -> Sample:
         scored = [(float(one[0]), bool(one[1])) for one in found["filtered_resps"]]
     elif task.OUTPUT_TYPE == "loglikelihood_rolling":
         scored = [(float(one), False) for one in found["filtered_resps"]]
-    gold = found["target"] if task.OUTPUT_TYPE == "multiple_choice" and type(found["target"]) is int else None
     if "acc_mutual_info" in found["metrics"]:
         scored = scored[: len(scored) // 2]  # without the answers' likelihoods of their own, which follow
+    gold = found["target"] if task.OUTPUT_TYPE == "multiple_choice" and type(found["target"]) is int else None
+    if gold is not None and not 0 <= gold < len(scored):
+        gold = None  # a label beyond the choices: lm-eval counts every answer as wrong
     return Sample(
         filter=found["filter"],
         doc_id=int(found["doc_id"]),

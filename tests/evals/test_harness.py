@@ -23,11 +23,12 @@ from lm_eval.tasks import TaskManager
 import compress
 from compress.errors import PlanError
 from compress.evals.divergence import token_lines
+from compress.evals.gate import compare
 from compress.evals.harness import cache_folder, model_hash, run_tasks, tokenizer_hash
 from compress.evals.outcomes import Outcomes
 from compress.evals.specs import FORMS, FORMS_FOLDER, read_specs
 from compress.passes import RTN, EoRA, Magnitude
-from compress.plan import Evaluate
+from compress.plan import Evaluate, Gate
 from tests.conftest import LETTERS, ROOT, some_text, tiny_directory
 
 PAIRS = [{"sentence_good": f"the {a}at is", "sentence_bad": f"the {a}at are"} for a in LETTERS[:20]]
@@ -251,6 +252,29 @@ def test_the_hash_of_a_tokenizer(home: Path) -> None:
     assert tokenizer_hash(first) == tokenizer_hash(second)
     second.add_tokens(["<new>"])
     assert tokenizer_hash(first) != tokenizer_hash(second)
+
+
+def test_a_label_beyond_the_choices(home: Path, tmp_path: Path) -> None:
+    """As of a file that counts from 1: no answer is right, in lm-eval too, and the baseline can be read again."""
+    write_rows(tmp_path / "rows.jsonl", [CHOICES[0], *(row | {"gold": 3} for row in CHOICES[1:])])
+    (tmp_path / "ones.yaml").write_text(
+        f"""task: ones
+dataset_path: json
+dataset_kwargs: {{data_files: {tmp_path / "rows.jsonl"}}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc}}]
+"""
+    )
+    found = run(home / "model", "ones.yaml", folder=tmp_path)
+    right = found.samples["ones"][0].answer == CHOICES[0]["gold"]
+    assert found.tasks[0].metrics == {"acc": right / len(CHOICES)}
+    found.save(tmp_path / "base.json")
+    result = compare(found, Outcomes.load(tmp_path / "base.json"), Gate(), name="base.json")
+    assert [(one.metric, one.verdict) for one in result.comparisons] == [("acc", "pass")]
 
 
 def test_answers_under_two_filters(home: Path, tmp_path: Path) -> None:
