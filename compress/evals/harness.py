@@ -25,14 +25,15 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.calibration.sources import file_digest
 from compress.calibration.tokenizer import load_tokenizer
-from compress.errors import PlanError
+from compress.errors import CompressError, PlanError
 from compress.evals.outcomes import Outcomes, Sample, Task, filters_of, prompts_hash
-from compress.evals.specs import load_tasks, read_specs
+from compress.evals.specs import load_tasks, read_specs, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -166,12 +167,20 @@ class Runner:
         return self._lm
 
     def run(self, loaded: Any) -> Any:
-        """lm-eval's results on loaded tasks, samples among them."""
+        """lm-eval's results on loaded tasks, samples among them. Raises PlanError for what goes wrong in a task."""
         from lm_eval.evaluator import evaluate
 
         lm = self.lm()
         seed_as_harness()
-        return evaluate(lm, loaded, limit=self.settings.limit, bootstrap_iters=0, log_samples=True)
+        try:
+            return evaluate(lm, loaded, limit=self.settings.limit, bootstrap_iters=0, log_samples=True)
+        except (CompressError, MemoryError):
+            raise
+        except Exception as error:  # prompts, filters and metrics are a task's own code and templates
+            if any(frame.f_locals.get("self") is lm for frame, _ in walk_tb(error.__traceback__)):
+                raise  # the model was at work
+            problem = f"lm-eval cannot evaluate this task ({reason(error)})"
+            raise PlanError(problem, where="tasks", fix="correct the task file or its samples") from error
 
     def conditions(self) -> dict[str, Any]:
         """What two evaluations must share to be compared sample by sample, and versions."""

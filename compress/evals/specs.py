@@ -172,12 +172,16 @@ def _build(manager: Any, name: str, spec: Spec) -> Any:
     except PlanError:
         raise
     except Exception as error:  # datasets, jinja and lm-eval raise what they like
-        reason = " ".join(str(error).split())[:500] or "no reason given"
         raise PlanError(
-            f"lm-eval cannot load this task ({type(error).__name__}: {reason})",
+            f"lm-eval cannot load this task ({reason(error)})",
             where=spec.text,
             fix="go online for a task of the hub, correct the task file, or give samples as FORM:FILE",
         ) from None
+
+
+def reason(error: Exception) -> str:
+    """An error of code that is not ours, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no reason given'}"
 
 
 def _check_task_file(path: Path) -> None:

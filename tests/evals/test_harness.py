@@ -277,6 +277,34 @@ metric_list: [{{metric: acc}}]
     assert [(one.metric, one.verdict) for one in result.comparisons] == [("acc", "pass")]
 
 
+def test_what_goes_wrong_in_a_task_is_no_mistake_of_compress(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval's F1 is for two classes. What goes wrong in the model passes as it is."""
+    write_rows(tmp_path / "rows.jsonl", CHOICES)
+    (tmp_path / "three.yaml").write_text(
+        f"""task: three
+dataset_path: json
+dataset_kwargs: {{data_files: {tmp_path / "rows.jsonl"}}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: f1}}]
+"""
+    )
+    with pytest.raises(PlanError, match=r"three.yaml: lm-eval cannot evaluate this task \(ValueError: Target is"):
+        run(home / "model", "three.yaml", folder=tmp_path)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("of the model")
+
+    monkeypatch.setattr("compress.evals.lm.HFLM._loglikelihood_tokens", broken)
+    with pytest.raises(ValueError, match="of the model"):
+        run(home / "model", "three.yaml", folder=tmp_path)
+
+
 def test_answers_under_two_filters(home: Path, tmp_path: Path) -> None:
     """Each document is one sample, whatever the number of filters that look at its answer."""
     write_rows(tmp_path / "rows.jsonl", WORDS)
