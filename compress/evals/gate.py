@@ -3,7 +3,8 @@
 For each judged metric of each task, with the margin m that the plan states:
 
 - **pass**: the upper bound of the loss, at level alpha, is below m (non-inferiority; Piaggio et al. 2012). That all
-  must pass needs no correction: a model that is worse by m on any task passes at most at rate alpha.
+  must pass needs no correction: a model that is worse by m on any task passes at about rate alpha at most
+  (docs/evaluate.md says how near).
 - **fail**: the loss is beyond m, and the model is worse at all, at level alpha after Holm's correction over all
   comparisons: a model that is no worse fails at most at rate alpha.
 - **inconclusive**: neither; there are too few samples for this margin.

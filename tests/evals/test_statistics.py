@@ -67,6 +67,21 @@ def test_bounds_cover_as_often_as_they_say() -> None:
     assert missed <= 400 * 0.05 + 3 * math.sqrt(400 * 0.05 * 0.95)
 
 
+@pytest.mark.parametrize(("margin", "n"), [(0.01, 269), (0.02, 134), (0.05, 53), (0.05, 200)])
+def test_how_often_a_model_that_is_worse_by_the_margin_passes(margin: float, n: int) -> None:
+    """Summed over all outcomes: docs/evaluate.md says 0.07 where no answer turns right, and 0.06 else."""
+    for better, most in ((0.0, 0.07), (margin / 4, 0.06), (margin, 0.06)):
+        shares = np.array([margin + better, better, 1 - margin - 2 * better])
+        flips = range(int(stats.binom.ppf(1 - 1e-6, n, 1 - shares[2])) + 1)
+        passed = [
+            stats.multinomial.pmf([worse, count - worse, n - count], n, shares)
+            for count in flips
+            for worse in range(count + 1)
+            if (2 * worse - count) / n < margin and tango_upper(worse, count - worse, n, 0.05) < margin
+        ]
+        assert sum(passed) <= most
+
+
 def test_the_bootstrap_against_all_resamples() -> None:
     values, weights = np.array([1.0, -2.0, 0.5, 4.0]), np.array([1.0, 3.0, 2.0, 1.0])
     every = [values[list(rows)].sum() / weights[list(rows)].sum() for rows in product(range(4), repeat=4)]
