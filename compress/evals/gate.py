@@ -311,7 +311,7 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: Ser
         margin=margin,
         p=bounds.p if bounds else None,
         flips=Flips(worse=worse, better=better, answers=sum(answers) if answers else None)
-        if kind == "accuracy"
+        if kind == "accuracy" and finite
         else None,
         answer_kl=_answer_kl(pairs) if kind == "accuracy" and finite else None,
         detects=None if detects is None else _outer(kind, detects, bits),

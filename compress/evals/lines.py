@@ -96,7 +96,9 @@ def _once(samples: list[Sample]) -> list[Sample]:
 
 
 def _flips(task: Task, dense: list[Sample], found: list[Sample]) -> Flips | None:
-    """Of the first accuracy that the task has."""
+    """Of the first accuracy that the task has; None where a log-likelihood is not finite: argmax takes the first."""
+    if not_finite([*dense, *found]):
+        return None
     pairs = pair(task.name, found, dense, "the dense model")
     answers = [one.answer != other.answer for one, other in pairs if one.answer is not None]
     for metric, aggregation in task.aggregation.items():

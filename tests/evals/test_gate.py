@@ -265,6 +265,7 @@ def test_log_likelihoods_that_are_not_finite_fail() -> None:
     result = gate(outcomes(t=before), outcomes(t=broken))
     assert result.verdict == "fail"
     assert "50 of 50 samples have log-likelihoods that are not finite" in result.notes[-1]
+    assert only(result).flips is None
 
 
 def test_a_model_that_says_the_same_to_everything_fails() -> None:

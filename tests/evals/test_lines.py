@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,3 +35,10 @@ def test_flips_are_those_of_right_and_wrong() -> None:
     assert task_lines(measured("f1", [0.5, 0.5]), measured("f1", [0.7, 0.2]))[0].flips is None
     rates = [measured("error", values, higher_is_better=False) for values in ([0.0, 1.0, 1.0], [0.0, 0.0, 0.0])]
     assert task_lines(*rates)[0].flips == Flips(worse=2, better=0)
+
+
+def test_a_model_of_nan_has_no_flips() -> None:
+    """argmax takes the first of its choices, and would call it better wherever that is right."""
+    nan = [replace(one, loglikelihoods=(math.nan,) * 2, metrics={"acc": (1.0,)}) for one in rights(False, False)]
+    (line,) = task_lines(outcomes(t=nan), outcomes(t=rights(False, False)))
+    assert (line.not_finite, line.flips) == (2, None)
