@@ -65,15 +65,15 @@ def compare(
     """
     check_conditions(found, baseline, name)
     _check_metrics(found, settings)
-    comparisons: list[Comparison] = []
+    chosen: list[_Chosen] = []
     notes = _differences(found, baseline)
     for task in found.tasks:
         pairs = pair(task.name, found.samples[task.name], baseline.samples[task.name], name)
         filters = filters_of(found.samples[task.name])
         first = [both for both in pairs if both[FOUND].filter == filters[0]]  # each document once
         own = _task(task, filters, pairs, settings)
-        comparisons += own
-        if all(one.margin is None for one in own):
+        chosen += own
+        if all(_margin(one.kind, settings) is None for one in own):
             notes.append(f"{task.name}: none of its metrics is judged")
         broken = not_finite([after for _, after in first])
         now, then = (sum(_tied_alone(both, side) for both in first) for side in (FOUND, BASELINE))
@@ -86,12 +86,13 @@ def compare(
                 f"{task.name}: {broken:,} of {task.samples:,} samples have log-likelihoods that are not finite"
             )
     for metric in settings.metrics:
-        if metric not in {shown for one in comparisons for shown in (one.metric, one.metric.partition(",")[0])}:
+        if metric not in {shown for one in chosen for shown in (one.name, one.metric)}:
             problem = f'"{metric}" cannot be judged: it is no mean and no perplexity of its samples'
             raise PlanError(problem, where="gate.metrics", fix="leave it away, or name another metric")
-    judged = [index for index, one in enumerate(comparisons) if one.margin is not None]
+    judged = [index for index, one in enumerate(chosen) if _margin(one.kind, settings) is not None]
     if not judged:
         raise PlanError("no metric of these tasks can be judged", where=name, fix="give a task with an accuracy")
+    comparisons = [_compare(one, settings, len(judged)) for one in chosen]
     corrected = statistics.holm([_p(comparisons[index]) for index in judged])
     for index, p in zip(judged, corrected, strict=True):
         comparisons[index] = _judge(comparisons[index].model_copy(update={"p_holm": p}), settings)
@@ -208,37 +209,48 @@ class Series:
     weights: Any
 
 
-def _task(task: Task, filters: list[str], pairs: list[Pair], settings: Gate) -> list[Comparison]:
-    """The comparisons of one task: the first accuracy, the first perplexity, the likelihood of right answers.
+@dataclass(frozen=True)
+class _Chosen:
+    """A metric to compare, `name` with its filter, and what the pairs have of it."""
+
+    task: Task
+    metric: str
+    name: str
+    kind: Kind
+    pairs: list[Pair]
+    series: Series
+
+
+def _task(task: Task, filters: list[str], pairs: list[Pair], settings: Gate) -> list[_Chosen]:
+    """What is compared of one task: the first accuracy, the first perplexity, the likelihood of right answers.
 
     Of several filters the first counts, unless `metrics` names another, as "exact_match,flexible-extract".
     """
     under = {chosen: [both for both in pairs if both[FOUND].filter == chosen] for chosen in filters}
     first = under[filters[0]]
-    comparisons: list[Comparison] = []
+    chosen: list[_Chosen] = []
     for metric, aggregation in task.aggregation.items():
-        for chosen, own in under.items():
-            name = metric_name(metric, chosen)
+        for filtered, own in under.items():
+            name = metric_name(metric, filtered)
             counted = _counted(own, metric) if aggregation == "nanmean" else own
             series = series_of(counted, metric)
             kind = series and kind_of(aggregation, series)
             if not series or not kind:
                 continue
             named = name in settings.metrics or (own is first and metric in settings.metrics)
-            default = own is first and kind not in {one.kind for one in comparisons}
+            default = own is first and kind not in {one.kind for one in chosen}
             if not (named if settings.metrics else default):
                 continue
             if kind == "accuracy":
                 wrong = 0.0 if task.higher_is_better.get(metric, True) else 1.0
                 for side, values in ((BASELINE, series.baseline), (FOUND, series.found)):
                     values[[_tied_alone(both, side) for both in counted]] = wrong
-            compared = _compare(task, metric, kind, counted, series, settings)
-            comparisons.append(compared.model_copy(update={"metric": name}))
+            chosen.append(_Chosen(task, metric, name, kind, counted, series))
     if all(one.gold is not None for one, _ in first):
         before, after = (np.array([s.loglikelihoods[s.gold or 0] for s in side]) for side in zip(*first, strict=True))
         series = Series(before, after, np.ones(len(first)))
-        comparisons.append(_compare(task, LOGLIKELIHOOD, "loglikelihood", first, series, settings))
-    return comparisons
+        chosen.append(_Chosen(task, LOGLIKELIHOOD, LOGLIKELIHOOD, "loglikelihood", first, series))
+    return chosen
 
 
 def _counted(pairs: list[Pair], metric: str) -> list[Pair]:
@@ -272,14 +284,20 @@ def losses_of(task: Task, metric: str, kind: Kind, series: Series) -> Any:
     return series.found - series.baseline if down else series.baseline - series.found
 
 
-def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: Series, settings: Gate) -> Comparison:
-    """One metric: its loss and bounds; not judged yet."""
+def _margin(kind: Kind, settings: Gate) -> float | None:
+    """The margin of a kind of metric; None: it is shown, not judged."""
+    if kind == "perplexity":
+        return settings.perplexity_margin
+    return settings.loglikelihood_margin if kind == "loglikelihood" else settings.margin
+
+
+def _compare(one: _Chosen, settings: Gate, judged: int) -> Comparison:
+    """A metric: its loss and bounds; not judged yet. Of `judged` comparisons Holm corrects the least p by as much."""
+    task, metric, kind, pairs, series = one.task, one.metric, one.kind, one.pairs, one.series
     n = len(pairs)
     losses = losses_of(task, metric, kind, series)
     worse, better = int((losses > 0).sum()), int((losses < 0).sum())
-    margin = {"accuracy": settings.margin, "score": settings.margin, "perplexity": settings.perplexity_margin}.get(
-        kind, settings.loglikelihood_margin
-    )
+    margin = _margin(kind, settings)
     levels = settings.alpha, settings.resamples
     bits = task.aggregation.get(metric) == "bits_per_byte"
     finite = bool(np.isfinite(losses).all()) and not not_finite([found for _, found in pairs])
@@ -293,14 +311,14 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: Ser
     inner = None if margin is None else _inner(kind, margin, bits)
     same = finite and all(one.loglikelihoods and _outcome(one) == _outcome(other) for one, other in pairs)
     detects = (
-        statistics.detectable(bounds.variance, n, inner, settings.alpha, settings.power)
+        statistics.detectable(bounds.variance, n, inner, settings.alpha / judged, settings.power)
         if bounds and inner is not None and math.isfinite(bounds.variance)
         else None
     )
     answers = [one.answer != other.answer for one, other in pairs if one.answer is not None]
     return Comparison(
         task=task.name,
-        metric=metric,
+        metric=one.name,
         kind=kind,
         samples=n,
         baseline=_shown(kind, metric, series.baseline, series.weights, task),
@@ -315,7 +333,7 @@ def _compare(task: Task, metric: str, kind: Kind, pairs: list[Pair], series: Ser
         else None,
         answer_kl=_answer_kl(pairs) if kind == "accuracy" and finite else None,
         detects=None if detects is None else _outer(kind, detects, bits),
-        needed=_needed(kind, bounds, inner, settings) if bounds and inner is not None else None,
+        needed=_needed(kind, bounds, inner, settings, judged) if bounds and inner is not None else None,
         why=SAME if same else "" if finite else _not_finite(pairs, series),
     )
 
@@ -355,11 +373,12 @@ def _shown(kind: Kind, metric: str, values: Any, weights: Any, task: Task) -> fl
     return -mean / math.log(2) if task.aggregation.get(metric) == "bits_per_byte" else math.exp(min(-mean, 700.0))
 
 
-def _needed(kind: Kind, bounds: Bounds, margin: float, settings: Gate) -> int | None:
+def _needed(kind: Kind, bounds: Bounds, margin: float, settings: Gate, judged: int) -> int | None:
     """Samples that would settle it, if the loss were what it seems: to pass, or beyond the margin to be significant."""
-    distance = margin - max(bounds.loss, 0.0) if bounds.loss < margin else bounds.loss
     variance = max(bounds.variance, 0.0)
-    found = statistics.sample_size(variance, distance, settings.alpha, settings.power)
+    if bounds.loss > margin:
+        return statistics.sample_size(variance, bounds.loss, settings.alpha / judged, settings.power)
+    found = statistics.sample_size(variance, margin - max(bounds.loss, 0.0), settings.alpha, settings.power)
     if found is None or kind != "accuracy":
         return found
     # Without a flip there is no variance to go by, but the score bound z² / (n + z²) still has to clear the margin.

@@ -135,6 +135,31 @@ def test_a_planted_regression_is_alarmed_at_with_the_stated_power() -> None:
     assert verdicts.count("fail") / GATES == pytest.approx(power, abs=3 * math.sqrt(power * (1 - power) / GATES) + 0.02)
 
 
+def test_one_regression_of_ten_tasks_is_alarmed_at_with_the_stated_power() -> None:
+    """Holm asks more of it than of one alone, and so `detects` and the size that would do say more."""
+    draw, n, flips, gates = np.random.default_rng(10), 200, 0.10, 120
+
+    def both(planted: float) -> tuple[Outcomes, Outcomes]:
+        losses = [planted, *[0.0] * 9]
+        pairs = [two_models(draw, n, (flips + loss) / 2, (flips - loss) / 2) for loss in losses]
+        one, other = ({f"task{i}": pair[side] for i, pair in enumerate(pairs)} for side in (0, 1))
+        return outcomes(**one), outcomes(**other)
+
+    stated = np.mean([one.detects for one in gate(*both(0.0), margin=0.001).comparisons if one.detects])
+    error = math.sqrt(flips / n)
+    assert stated == pytest.approx((stats.norm.ppf(1 - 0.005) + stats.norm.ppf(0.8)) * error, rel=0.1)
+    found = [gate(*both(float(stated)), margin=0.001).comparisons[0] for _ in range(gates)]
+    alarmed = sum(one.verdict == "fail" for one in found) / gates
+    assert alarmed == pytest.approx(0.8, abs=3 * math.sqrt(0.16 / gates) + 0.02)
+    undecided = next(one for one in found if one.verdict == "inconclusive" and (one.loss or 0) > 0.001)
+    flipped, loss = undecided.flips, undecided.loss
+    assert flipped is not None
+    assert loss is not None
+    variance = (flipped.worse + flipped.better) / n - loss**2
+    z = stats.norm.ppf(1 - 0.005) + stats.norm.ppf(0.8)
+    assert undecided.needed == math.ceil(z**2 * variance / loss**2)
+
+
 def test_a_model_that_is_worse_by_the_margin_seldom_passes() -> None:
     verdicts = alarms(400, 0.065, 0.035, margin=0.03)
     assert verdicts.count("pass") <= at_most(0.05)
