@@ -66,3 +66,18 @@ def test_the_committed_baseline_alarms_at_a_worse_plan(clone: Path) -> None:
     report = compress.run(compress.load_plan(plan))
     assert report.gate is not None
     assert report.gate.verdict == "fail"
+
+
+def test_the_workflow_says_why_it_fails(clone: Path) -> None:
+    """The plan holds its gate, too, and ends its step with 1; a step without a condition would then be skipped."""
+    plan = clone / "examples" / "ci" / "plan.toml"
+    plan.write_text(plan.read_text().replace('"2:4"', '"1:4"'))
+    workflow = yaml.safe_load((clone / "examples" / "ci" / "gate.yml").read_text())
+    said, failed = "", False
+    for step in workflow["jobs"]["gate"]["steps"]:
+        if step.get("name") in ("Compress", "Gate") and (not failed or "!cancelled()" in step.get("if", "")):
+            done = shell(step["run"], GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(clone / "summary.md"))
+            said, failed = said + done.stdout, failed or done.returncode != 0
+    assert failed
+    assert "::error title=compress gate%3A rolling_perplexity%3Aprose%2C word_perplexity::fail" in said
+    assert "## compress gate: fail" in (clone / "summary.md").read_text()
