@@ -132,7 +132,9 @@ def _print_rows(headings: tuple[str, ...], rows: dict[str, list[tuple[str, ...]]
     for task, some in rows.items():
         console.print(Text(task, overflow="fold"))  # a name is no markup
         for name, *figures in some:
-            show(name, tuple(figures))
+            if len(name) > first:  # on a line of its own, above its figures
+                console.print(Text(f"  {name}", overflow="fold"))
+            show(name if len(name) <= first else "", tuple(figures))
 
 
 def _print_words(headings: tuple[str, ...], rows: dict[str, list[tuple[str, ...]]], console: Console) -> None:

@@ -209,3 +209,12 @@ def test_the_terminal_breaks_no_name_that_a_line_holds() -> None:
     rows = [line for line in shown if line.startswith(" ")]
     assert [line.split()[0] for line in rows] == ["acc", "perplexity", "acc_norm"]
     assert {line.index("inconclusive") for line in rows} == {heading.index("verdict") - 5}
+
+
+def test_a_name_too_long_for_its_column_stands_above_its_figures() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_gate(gated(compared(metric="exact_match,flexible-extract"), compared()), console)
+    heading, _, name, figures, short = console.file.getvalue().splitlines()[:5]  # type: ignore[attr-defined]
+    assert name == "  exact_match,flexible-extract"
+    assert figures.split() == short.split()[1:]
+    assert figures.index("inconclusive") == short.index("inconclusive") == heading.index("verdict") - 5
