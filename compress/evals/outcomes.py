@@ -6,6 +6,7 @@ A baseline and an entry of the cache are both such a pair of files.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ class Outcomes(Settings):
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
         beside = path.with_suffix(".parquet")
-        temporary = beside.with_name(f".{beside.name}.new")
+        temporary = beside.with_name(f".{beside.name}.{os.getpid()}")  # two commands may keep the same result at once
         try:
             parquet.write_table(_table(self._samples), temporary, compression="zstd")
             digest = hashlib.sha256(temporary.read_bytes()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 from scipy import stats
 
 from compress.errors import PlanError
@@ -506,6 +508,26 @@ def test_stored_outcomes_come_back(tmp_path: Path) -> None:
     back = Outcomes.load(tmp_path / "b.json")
     assert back.samples == made.samples
     assert back.model_copy(update={"samples_file": None, "samples_sha256": None}) == made
+
+
+def test_two_processes_may_store_the_same_outcomes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two gates do in the cache: here the second process stores while the first has written half."""
+    made, path, written = outcomes(t=rights(True, False)), tmp_path / "b.json", []
+    whole = parquet.write_table
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        whole(*arguments, **options)
+        written.append(arguments)
+        if len(written) == 1:
+            with monkeypatch.context() as other:
+                other.setattr(os, "getpid", lambda: 1)
+                made.save(path)
+
+    monkeypatch.setattr(parquet, "write_table", interrupted)
+    made.save(path)
+    assert len(written) == 2
+    assert Outcomes.load(path).samples == made.samples
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["b.json", "b.parquet"]
 
 
 @pytest.mark.parametrize(
