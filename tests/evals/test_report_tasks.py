@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +167,18 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     _, parsed = page(report_of(task(HOSTILE, metrics=(metric,)), gate=gate), tmp_path)
     assert parsed.elements.count("script") == 1
     assert "img" not in parsed.elements
+
+
+def test_long_names_do_not_widen_the_page(tmp_path: Path) -> None:
+    """Whatever holds the name of a task or a baseline breaks it anywhere, or scrolls, or is a tooltip."""
+    long = "x" * 300
+    html, _ = page(report_of(task(long), gate=gated(compared(task=long), baseline=long, notes=(long,))), tmp_path)
+    rules = dict(re.findall(r"^([^{}@]+) \{([^{}]*)\}", html.partition("</style>")[0], re.MULTILINE))
+    body = re.sub(r"<title>.*?</title>|<pre>.*?</pre>|<(\w+)[^>]*>", lambda tag: f"<{tag[1]}>" if tag[1] else "", html)
+    holders = {match[1] for match in re.finditer(rf"<(\w+)>[^<>]*{long}", body.partition("<body>")[2])}
+    assert holders <= {"p", "td", "h3", "span"}
+    for rule in ("p", "h3", "td.name", ".tile span"):
+        assert "overflow-wrap: anywhere" in rules[rule], rule
 
 
 @pytest.mark.parametrize("width", [60, 80, 160])
