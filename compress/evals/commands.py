@@ -264,7 +264,7 @@ def run_gate(
     directory, baseline, chosen = Path(directory), Path(baseline), check_device(device, "device")
     known = Outcomes.load(baseline)
     same = settings_for(known)
-    check_early(known, baseline)
+    check_early(known, baseline, directory)
     options: dict[str, Any] = {"folder": baseline.parent, "device": chosen, "cache": cache}
     found = run_tasks(directory, same, say=_said(console), **options)
     tokens = token_lines(directory, Path(dense), same, **options) if dense else {}
@@ -272,14 +272,32 @@ def run_gate(
     return compare(found, known, settings, name=str(baseline), tokens=tuple(tokens.values()))
 
 
-def check_early(baseline: Outcomes, path: Path) -> None:
-    """Refuse a baseline of another version of the harness before anything is evaluated."""
+def check_early(baseline: Outcomes, path: Path, directory: Path | None, *, trust_remote_code: bool = False) -> None:
+    """Refuse a baseline of another version of the harness before anything is evaluated, or of another tokenizer.
+
+    Args:
+        baseline: what was read.
+        path: names it.
+        directory: has the tokenizer; None: it is not there yet.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        PlanError: it is one.
+        ModelError: the directory has no tokenizer that can be loaded.
+    """
     from importlib.metadata import version
+
+    from compress.calibration.tokenizer import load_tokenizer
+    from compress.evals.gate import check_tokenizer
+    from compress.evals.harness import tokenizer_hash
 
     now = version("lm_eval")
     if baseline.harness != now:
         fix = f"pip install lm_eval=={baseline.harness}, or write the baseline again"
         raise PlanError(f"the baseline has lm-eval {baseline.harness}, not {now}", where=str(path), fix=fix)
+    if directory:
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        check_tokenizer(tokenizer_hash(tokenizer), baseline, str(path))
 
 
 def gate_of(directory: Path, options: dict[str, Any]) -> Gate:

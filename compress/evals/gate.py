@@ -127,9 +127,7 @@ def check_conditions(found: Outcomes, baseline: Outcomes, name: str) -> None:
         now, then = getattr(found, key), getattr(baseline, key)
         if now != then:
             raise PlanError(f"the baseline has another {what}: {then}, not {now}", where=name, fix=again)
-    if found.tokenizer_hash != baseline.tokenizer_hash:
-        fix = "copy the tokenizer of the baseline's model, or write a baseline of this one"
-        raise PlanError("the tokenizer differs from the baseline's", where=name, fix=fix)
+    check_tokenizer(found.tokenizer_hash, baseline, name)
     known = {task.name: task for task in baseline.tasks}
     for task in found.tasks:
         if task.name not in known:
@@ -145,6 +143,13 @@ def check_conditions(found: Outcomes, baseline: Outcomes, name: str) -> None:
     missing = sorted(set(known) - {task.name for task in found.tasks})
     if missing:
         raise PlanError(f"the baseline's tasks {', '.join(missing)} were not evaluated", where=name, fix=again)
+
+
+def check_tokenizer(found: str, baseline: Outcomes, name: str) -> None:
+    """Refuse a baseline whose tokenizer has another hash."""
+    if found != baseline.tokenizer_hash:
+        fix = "copy the tokenizer of the baseline's model, or write a baseline of this one"
+        raise PlanError("the tokenizer differs from the baseline's", where=name, fix=fix)
 
 
 def _check_metrics(found: Outcomes, settings: Gate) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import PlanError
+from compress.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,8 +80,12 @@ def _baseline(plan: Plan, name: str) -> Outcomes:
     where = plan.source.where(("gate", "baseline"))
     try:
         known = Outcomes.load(path)
-        check_early(known, path)
+        model = plan.resolve(plan.model.path)
+        here = model if model.is_dir() else None
+        check_early(known, path, here, trust_remote_code=plan.model.trust_remote_code)
         read_specs(settings_for(known).tasks, path.parent, str(path))
+    except ModelError:  # of the plan's own model
+        raise
     except PlanError as error:
         raise PlanError(f"{error.where}: {error.problem}", where=where, fix=error.fix) from None
     return known

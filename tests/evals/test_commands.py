@@ -173,13 +173,21 @@ def test_baselines_that_are_refused(
     assert says in refused(capsys, "gate", "model", "--baseline", "base.json")
 
 
-def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_tokenizer_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     command(capsys, "baseline", "model", "--tasks", PAIRS, "--out", "base.json")
     write_tokenizer(folder / "model", pad="</s>")
     tokenizer = json.loads((folder / "model" / "tokenizer.json").read_text())
     tokenizer["post_processor"] = None  # adds no BOS any more
     (folder / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr("compress.evals.harness.run_tasks", None)  # before anything is evaluated
     assert "the tokenizer differs from the baseline's" in refused(capsys, "gate", "model", "--baseline", "base.json")
+    Path("plan.toml").write_text(PLAN + '[gate]\nbaseline = "base.json"\n')
+    says = "gate.baseline: base.json: the tokenizer differs from the baseline's"
+    assert says in refused(capsys, "check", "plan.toml")
+    assert says in refused(capsys, "plan.toml")
+    assert not (folder / "out").exists()
 
 
 def test_other_samples_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
