@@ -169,6 +169,12 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     assert "img" not in parsed.elements
 
 
+def test_the_page_says_what_the_plan_allows(tmp_path: Path) -> None:
+    """As the terminal does: the command has ended with 0."""
+    _, parsed = page(report_of(task(), gate=gated(inconclusive="pass", passed=True)), tmp_path)
+    assert "Inconclusive (which the plan allows), against base.json." in parsed.text
+
+
 def test_long_names_do_not_widen_the_page(tmp_path: Path) -> None:
     """Whatever holds the name of a task or a baseline breaks it anywhere, or scrolls, or is a tooltip."""
     long = "x" * 300
