@@ -288,8 +288,8 @@ def check_early(baseline: Outcomes, path: Path, directory: Path | None, *, trust
     from importlib.metadata import version
 
     from compress.calibration.tokenizer import load_tokenizer
-    from compress.evals.gate import check_tokenizer
     from compress.evals.harness import tokenizer_hash
+    from compress.evals.pairing import check_tokenizer
 
     now = version("lm_eval")
     if baseline.harness != now:

@@ -18,8 +18,6 @@ to it, since 16 bits make ties of their own: else of two equally good models the
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,24 +25,23 @@ import numpy as np
 from compress import __version__
 from compress.errors import PlanError, nearest
 from compress.evals import statistics
+from compress.evals.compared import choose, losses_of
 from compress.evals.harness import not_finite
-from compress.evals.outcomes import filters_of, metric_name
+from compress.evals.outcomes import filters_of
+from compress.evals.pairing import BASELINE, FOUND, check_conditions, differences, pair, tied_alone
 from compress.evals.results import Comparison, Flips, GateResult, Kind, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from compress.evals.compared import Chosen, Series
     from compress.evals.outcomes import Outcomes, Sample, Task
+    from compress.evals.pairing import Pair
     from compress.evals.results import TokenLine
     from compress.evals.statistics import Bounds
     from compress.plan import Gate
 
-    Pair = tuple[Sample, Sample]  # of the baseline, of the model in question
-
-PERPLEXITIES = ("perplexity", "weighted_perplexity", "bits_per_byte")
-BASELINE, FOUND = 0, 1  # the sides of a pair
 SAME = "the same as the baseline, bit for bit"
-LOGLIKELIHOOD = "loglikelihood"  # of the right answer of a multiple choice: ours, lm-eval has no such metric
 
 
 def compare(
@@ -65,18 +62,18 @@ def compare(
     """
     check_conditions(found, baseline, name)
     _check_metrics(found, settings)
-    chosen: list[_Chosen] = []
-    notes = _differences(found, baseline)
+    chosen: list[Chosen] = []
+    notes = differences(found, baseline)
     for task in found.tasks:
         pairs = pair(task.name, found.samples[task.name], baseline.samples[task.name], name)
         filters = filters_of(found.samples[task.name])
         first = [both for both in pairs if both[FOUND].filter == filters[0]]  # each document once
-        own = _task(task, filters, pairs, settings)
+        own = choose(task, filters, pairs, settings)
         chosen += own
         if all(_margin(one.kind, settings) is None for one in own):
             notes.append(f"{task.name}: none of its metrics is judged")
         broken = not_finite([after for _, after in first])
-        now, then = (sum(_tied_alone(both, side) for both in first) for side in (FOUND, BASELINE))
+        now, then = (sum(tied_alone(both, side) for both in first) for side in (FOUND, BASELINE))
         if now:
             notes.append(f"{task.name}: {now:,} answers are ties that were none in the baseline; they count as wrong")
         if then:
@@ -114,44 +111,6 @@ def compare(
     )
 
 
-def check_conditions(found: Outcomes, baseline: Outcomes, name: str) -> None:
-    """Refuse a baseline that was taken under other conditions; log-likelihoods depend on each of them."""
-    again = "write the baseline again under the conditions of the gate, or give the gate those of the baseline"
-    for key, what in (
-        ("harness", "version of lm-eval"),
-        ("batch_size", "batch size"),
-        ("limit", "limit"),
-        ("num_fewshot", "number of examples"),
-        ("add_bos_token", "setting of add_bos_token"),
-    ):
-        now, then = getattr(found, key), getattr(baseline, key)
-        if now != then:
-            raise PlanError(f"the baseline has another {what}: {then}, not {now}", where=name, fix=again)
-    check_tokenizer(found.tokenizer_hash, baseline, name)
-    known = {task.name: task for task in baseline.tasks}
-    for task in found.tasks:
-        if task.name not in known:
-            has = f"it has {', '.join(known)}"
-            raise PlanError(f"the baseline has no task {task.name}; {has}", where=name, fix=again)
-        other = known[task.name]
-        if task.hash != other.hash:
-            was = (
-                f"version {other.version} then, {task.version} now" if task.version != other.version else "same version"
-            )
-            problem = f"the baseline of {task.name} was taken with another prompt or metric ({was})"
-            raise PlanError(problem, where=name, fix="write the baseline again")
-    missing = sorted(set(known) - {task.name for task in found.tasks})
-    if missing:
-        raise PlanError(f"the baseline's tasks {', '.join(missing)} were not evaluated", where=name, fix=again)
-
-
-def check_tokenizer(found: str, baseline: Outcomes, name: str) -> None:
-    """Refuse a baseline whose tokenizer has another hash."""
-    if found != baseline.tokenizer_hash:
-        fix = "copy the tokenizer of the baseline's model, or write a baseline of this one"
-        raise PlanError("the tokenizer differs from the baseline's", where=name, fix=fix)
-
-
 def _check_metrics(found: Outcomes, settings: Gate) -> None:
     """Refuse the name of a metric that no task has."""
     known = {metric for task in found.tasks for metric in (*task.aggregation, *task.metrics)}
@@ -161,134 +120,6 @@ def _check_metrics(found: Outcomes, settings: Gate) -> None:
             raise PlanError(f'no task has a metric "{metric}"{nearest(metric, known)}', where="gate.metrics", fix=fix)
 
 
-def _tied_alone(pair: Pair, side: int) -> bool:
-    """Whether the answer of a multiple choice is a tie in one of the models alone."""
-    return pair[side].tied and not pair[1 - side].tied
-
-
-def _differences(found: Outcomes, baseline: Outcomes) -> list[str]:
-    """What differs from the baseline and is allowed to."""
-    pairs: list[tuple[str, str, str | None]] = [
-        ("dtype", baseline.dtype, found.dtype),
-        ("device", baseline.device, found.device),
-    ]
-    pairs += [(key, version, found.versions.get(key)) for key, version in baseline.versions.items()]
-    return [f"{what}: {then} in the baseline, {now} here" for what, then, now in pairs if then != now]
-
-
-def pair(task: str, found: Sequence[Sample], baseline: Sequence[Sample], name: str) -> list[Pair]:
-    """Match the samples of two runs by what was asked, whatever their order: (baseline, found) each.
-
-    Raises:
-        PlanError: they do not match one to one.
-    """
-    ours, theirs = (Counter(one.identity for one in samples) for samples in (found, baseline))
-    extra, absent = list((ours - theirs).elements()), list((theirs - ours).elements())
-    if extra or absent:
-        documents = {one.identity: one.doc_id for one in (*baseline, *found)}
-        first = documents[(absent or extra)[0]]
-        raise PlanError(
-            f"the samples of {task} do not match one to one: {len(absent):,} of the baseline's {len(baseline):,} are "
-            f"not among the {len(found):,} here, and {len(extra):,} here are new (document {first} is the first)",
-            where=name,
-            fix="evaluate the file of samples that the baseline was taken on, or write the baseline again",
-        )
-    if not found:
-        raise PlanError(f"{task} has no samples", where=name, fix="write the baseline again")
-    keys = [sorted(samples, key=lambda one: (one.identity, one.loglikelihoods)) for samples in (baseline, found)]
-    pairs: list[Pair] = list(zip(*keys, strict=True))
-    for one, other in pairs:
-        if len(one.loglikelihoods) != len(other.loglikelihoods):
-            counts = f"{len(one.loglikelihoods)} log-likelihoods in the baseline, {len(other.loglikelihoods)} here"
-            problem = f"document {one.doc_id} of {task} has {counts}"
-            raise PlanError(problem, where=name, fix="write the baseline again")
-    return pairs
-
-
-@dataclass(frozen=True)
-class Series:
-    """The values (n,) of a metric in both models, and the weights (n,)."""
-
-    baseline: Any
-    found: Any
-    weights: Any
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """A metric to compare, `name` with its filter, and what the pairs have of it."""
-
-    task: Task
-    metric: str
-    name: str
-    kind: Kind
-    pairs: list[Pair]
-    series: Series
-
-
-def _task(task: Task, filters: list[str], pairs: list[Pair], settings: Gate) -> list[_Chosen]:
-    """What is compared of one task: the first accuracy, the first perplexity, the likelihood of right answers.
-
-    Of several filters the first counts, unless `metrics` names another, as "exact_match,flexible-extract".
-    """
-    under = {chosen: [both for both in pairs if both[FOUND].filter == chosen] for chosen in filters}
-    first = under[filters[0]]
-    chosen: list[_Chosen] = []
-    for metric, aggregation in task.aggregation.items():
-        for filtered, own in under.items():
-            name = metric_name(metric, filtered)
-            counted = _counted(own, metric) if aggregation == "nanmean" else own
-            series = series_of(counted, metric)
-            kind = series and kind_of(aggregation, series)
-            if not series or not kind:
-                continue
-            named = name in settings.metrics or (own is first and metric in settings.metrics)
-            default = own is first and kind not in {one.kind for one in chosen}
-            if not (named if settings.metrics else default):
-                continue
-            if kind == "accuracy":
-                wrong = 0.0 if task.higher_is_better.get(metric, True) else 1.0
-                for side, values in ((BASELINE, series.baseline), (FOUND, series.found)):
-                    values[[_tied_alone(both, side) for both in counted]] = wrong
-            chosen.append(_Chosen(task, metric, name, kind, counted, series))
-    if all(one.gold is not None for one, _ in first):
-        before, after = (np.array([s.loglikelihoods[s.gold or 0] for s in side]) for side in zip(*first, strict=True))
-        series = Series(before, after, np.ones(len(first)))
-        chosen.append(_Chosen(task, LOGLIKELIHOOD, LOGLIKELIHOOD, "loglikelihood", first, series))
-    return chosen
-
-
-def _counted(pairs: list[Pair], metric: str) -> list[Pair]:
-    """The pairs in which the baseline has a number. One that the model alone lacks stays: it may have said nothing."""
-    return [both for both in pairs if not any(map(math.isnan, both[BASELINE].metrics.get(metric, ())))]
-
-
-def series_of(pairs: list[Pair], metric: str) -> Series | None:
-    """What the pairs have of a metric; None unless each has a number, or one and a weight."""
-    rows = [(one.metrics.get(metric, ()), other.metrics.get(metric, ())) for one, other in pairs]
-    if not rows or not all(len(one) == len(other) and len(one) in (1, 2) for one, other in rows):
-        return None
-    weights = [one[1] if len(one) == 2 else 1.0 for one, _ in rows]
-    before, after = (np.array([row[side][0] for row in rows]) for side in (0, 1))
-    return Series(before, after, np.array(weights))
-
-
-def kind_of(aggregation: str, series: Series) -> Kind | None:
-    """How a metric is compared; None: it is no mean and no perplexity of its samples."""
-    if aggregation in PERPLEXITIES:
-        return "perplexity"
-    if aggregation not in ("mean", "nanmean") or not (series.weights == 1).all():
-        return None
-    values = np.concatenate([series.baseline, series.found])
-    return "accuracy" if np.isin(values[np.isfinite(values)], (0, 1)).all() else "score"
-
-
-def losses_of(task: Task, metric: str, kind: Kind, series: Series) -> Any:
-    """What the model is worse by on each sample: (n,). Likelihoods are never better when they fall."""
-    down = kind in ("accuracy", "score") and not task.higher_is_better.get(metric, True)
-    return series.found - series.baseline if down else series.baseline - series.found
-
-
 def _margin(kind: Kind, settings: Gate) -> float | None:
     """The margin of a kind of metric; None: it is shown, not judged."""
     if kind == "perplexity":
@@ -296,7 +127,7 @@ def _margin(kind: Kind, settings: Gate) -> float | None:
     return settings.loglikelihood_margin if kind == "loglikelihood" else settings.margin
 
 
-def _compare(one: _Chosen, settings: Gate, judged: int) -> Comparison:
+def _compare(one: Chosen, settings: Gate, judged: int) -> Comparison:
     """A metric: its loss and bounds; not judged yet. Of `judged` comparisons Holm corrects the least p by as much."""
     task, metric, kind, pairs, series = one.task, one.metric, one.kind, one.pairs, one.series
     n = len(pairs)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from compress.evals import statistics
-from compress.evals.gate import PERPLEXITIES, kind_of, losses_of, pair, series_of
+from compress.evals.compared import PERPLEXITIES, kind_of, losses_of, series_of
 from compress.evals.harness import not_finite
+from compress.evals.pairing import pair
 from compress.evals.results import Figure, Flips, MetricLine, TaskLine, TasksInfo
 
 if TYPE_CHECKING:
