@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress.errors import RunError
+from compress.passes.base import Invariant, LinearPass
 from compress.state import all_finite, masked
 
 if TYPE_CHECKING:
@@ -60,16 +61,20 @@ def check_invariants(
 
 
 def _check_grid(linear: Linear, index: int, one: Pass, state: LinearState, broken: Callable[[str], RunError]) -> None:
-    """With a grid, the weight is the grid's value, and the grid the one that the lock promised to the exporter."""
-    earlier = (p.grid() for i, p in reversed(linear.passes) if i < index)
-    promised = one.grid() or next((spec for spec in earlier if spec is not None), None)
+    """With a grid, the weight is the grid's value, and the grid the one that the lock promised to the exporter.
+
+    Of a grid that an earlier pass chose during the run the plan says only that there is one.
+    """
+    earlier = [p for i, p in reversed(linear.passes) if i < index and Invariant.GRID in p.provides()]
+    promised = one.grid() or next((spec for p in earlier if (spec := p.grid()) is not None), None)
     grid = state.grid
+    chosen = promised is None and any(isinstance(p, LinearPass) and p.surveys() for p in earlier)
     if grid is None:
-        if promised is not None:
+        if promised is not None or chosen:
             raise broken("there is no grid, though the pass declares one")
         return
     scales = (linear.out_features, grid.spec.groups(linear.in_features))
-    if promised is None or promised[:3] != grid.spec[:3]:
+    if not chosen and (promised is None or promised[:3] != grid.spec[:3]):
         raise broken(f"the grid is {grid.spec[:3]}, but the plan says {promised and promised[:3]}")
     if grid.scale.shape != scales or grid.zero.shape != scales or grid.codes.shape != state.weight.shape:
         raise broken("scales, zero-points and codes of the grid do not fit the layer")

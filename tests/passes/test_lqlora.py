@@ -23,7 +23,7 @@ from compress.errors import PlanError, RunError
 from compress.export.reader import open_model
 from compress.grid import Grid, normal_float
 from compress.invariants import check_invariants
-from compress.passes import RTN, LinearState, Magnitude, Wanda
+from compress.passes import PERP, RTN, EoRA, LinearState, Magnitude, Wanda
 from compress.passes.base import Invariant
 from compress.passes.bit_budget import allocate
 from compress.passes.grid_search import least_error, second_level
@@ -871,3 +871,41 @@ def test_a_run_weighs_errors_by_the_fisher_information_of_the_dense_model(
         assert fisher.shape == dense.shape
         assert torch.allclose(fisher, found, rtol=1e-4, atol=1e-6 * float(found.max())), linear.name
         assert float(fisher.max()) > 0
+
+
+AFTER_A_BUDGET = [
+    (PERP(train=("low_rank",), steps=2, rank=2, extend=True), 2),
+    (PERP(train=("norms",), steps=2), 2),
+    (PERP(mode="reconstruct", train=("low_rank",), steps=2), 2),
+    (EoRA(rank=2), 0),
+    (Wanda(pattern="2:4"), 0),
+]
+
+
+@pytest.mark.parametrize(("then", "rank"), AFTER_A_BUDGET)
+def test_what_follows_a_budget_keeps_the_grids_that_it_chose(folder: Path, then: Any, rank: int) -> None:
+    """The plan does not know these grids: the codes that are written tell, read by nobody of ours."""
+    from safetensors.torch import load_file
+
+    one = LQLoRA(rank=rank, budget=7, choices_group=(8, 16), iterations=2)
+    run(one, form="packed")
+    run(one, then, output="more", form="packed")
+    alone, more = (load_file(folder / name / "model.safetensors") for name in ("out", "more"))
+    pruned = isinstance(then, Wanda)  # of codes, only those of kept columns are stored then
+    suffixes = ("scale_codes", "scale_peaks", "scale_offset", *(() if pruned else (".codes",)))
+    grids = [key for key in alone if key.endswith(suffixes)]
+    assert len(grids) >= 3 * 14
+    for key in grids:
+        assert torch.equal(alone[key], more[key]), key
+
+
+def test_a_pass_that_drops_a_grid_of_a_budget_is_caught() -> None:
+    state, budgeted = state_of(heavy(8, 16, seed=1)), LQLoRA(rank=0, budget=5, choices_group=(16,))
+    linear = SimpleNamespace(name="x", out_features=8, in_features=16, passes=((0, budgeted), (1, EoRA(rank=1))))
+    with pytest.raises(RunError, match="there is no grid"):
+        check_invariants(linear, 1, state, None)  # type: ignore[arg-type]
+    LQLoRA(rank=0, group_size=16).apply(state, NOTHING)
+    check_invariants(linear, 1, state, None)  # type: ignore[arg-type]
+    state.weight = state.weight + 1
+    with pytest.raises(RunError, match="not the value of its codes"):
+        check_invariants(linear, 1, state, None)  # type: ignore[arg-type]
