@@ -219,19 +219,25 @@ class Execution:
         return read_file(self.work.directory / found[-1]["file"]) if found else {}
 
     def _allocate(self, sweep: int) -> None:
-        """Spend a budget of ranks, once all branches of a sweep are known; journaled."""
-        budgets = [one.budget for i in self.lock.sweeps[sweep] if isinstance(one := self.lock.plan.passes[i], EoRA)]
-        if not budgets or budgets[-1] is None or self.work.entries("ranks", sweep=sweep):
+        """Spend budgets of ranks, each on the branches of its pass, once all of a sweep are known; journaled."""
+        lock = self.lock
+        passes = {i: one for i in lock.sweeps[sweep] if isinstance(one := lock.plan.passes[i], EoRA)}
+        budgets = {index: one.budget for index, one in passes.items() if one.budget is not None}
+        if not budgets or self.work.entries("ranks", sweep=sweep):
             return
         spectra: dict[str, Tensor] = {}
-        for block in range(self.lock.blocks):
+        for block in range(lock.blocks):
             kept = self.kept(sweep, block)
             spectra |= {key.rpartition(":")[0]: value for key, value in kept.items() if key.endswith(":spectrum")}
-        sizes = {linear.name: linear.out_features + linear.in_features for linear in self.lock.linears}
-        ranks = spend(spectra, sizes, budgets[-1])
+        sizes = {linear.name: linear.out_features + linear.in_features for linear in lock.linears}
+        ranks: dict[str, int] = {}
+        for index, budget in budgets.items():
+            mine = {linear.name for linear in lock.linears if index in dict(linear.passes)}
+            found = spend({name: values for name, values in spectra.items() if name in mine}, sizes, budget)
+            used = sum(sizes[name] * rank for name, rank in found.items())
+            self.progress.say(
+                f"  ranks {min(found.values())} to {max(found.values())}: {used:,} of {budget:,} parameters"
+            )
+            ranks |= found
         lost = {name: float(values[ranks[name] :].sum(dtype=torch.float64)) for name, values in spectra.items()}
         self.work.append({"kind": "ranks", "sweep": sweep, "ranks": ranks, "lost": lost})
-        used = sum(sizes[name] * rank for name, rank in ranks.items())
-        self.progress.say(
-            f"  ranks {min(ranks.values())} to {max(ranks.values())}: {used:,} of {budgets[-1]:,} parameters"
-        )

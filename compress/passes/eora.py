@@ -44,7 +44,7 @@ class EoRA(LinearPass):
     """Compensate what is lost by a low-rank branch; weights, masks and codes stay."""
 
     rank: int = Field(default=64, ge=1, description="rank of the branch; with budget, the largest")
-    budget: int | None = Field(default=None, ge=0, description="parameters of all branches together")
+    budget: int | None = Field(default=None, ge=0, description="parameters of its branches together")
     norm: Literal["activation", "weight"] = Field(default="activation", description="weight: the plain SVD, a baseline")
     factor_bits: int | None = Field(default=None, description="round the factors to 8 or 4 bits, a scale per 64 values")
 

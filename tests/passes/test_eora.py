@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import compress
 from compress.calibration.moments import Moments, Statistics
 from compress.compiling import compile_plan
-from compress.passes import GPTQ, EoRA, LinearState, SparseGPT, Where
+from compress.passes import GPTQ, EoRA, LinearState, SparseGPT, Wanda, Where
 from compress.passes.eora import SMALL, balanced, left_singular, spend
 from compress.plan import load_plan
 from compress.rules import RULES
@@ -535,6 +535,23 @@ def test_a_budget_is_spent_on_the_leading_ranks(tmp_path: Path) -> None:
     for found, wanted in zip(report.linears, same.linears, strict=True):
         if found.use == "eora" and found.detail == wanted.detail and ".layers.0." in found.linear:
             assert found.error_after == pytest.approx(wanted.error_after, rel=1e-4)
+
+
+@pytest.mark.parametrize("budgets", [(100, None), (None, 100), (100, 50), (0, 50)])
+def test_each_pass_has_a_budget_of_its_own(folder: Path, budgets: tuple[int | None, int | None]) -> None:
+    """Whatever another pass on other linears has, first or last; without one, all ranks stay."""
+    leaves = ("q_proj", "v_proj")
+    passes = [EoRA(rank=2, match=f"*.{leaf}", budget=budget) for leaf, budget in zip(leaves, budgets, strict=True)]
+    report = compress.run(plan_of(folder, Wanda(pattern="2:4"), *passes))
+    found = load_file(folder / "out" / "adapter" / "adapter_model.safetensors")
+    for leaf, budget, rank_size in zip(leaves, budgets, (64, 48), strict=True):  # 32 × 32 and 16 × 32
+        branches = {name: value for name, value in found.items() if leaf in name}
+        spent = sum(value.numel() for value in branches.values())
+        assert spent == (2 * 2 * rank_size if budget is None else budget // rank_size * rank_size)
+        for line in report.linears:
+            if line.use == "eora" and leaf in line.linear:
+                down = branches.get(f"base_model.model.{line.linear}.lora_A.weight", ())
+                assert line.detail == f"rank {len(down)}"
 
 
 def test_other_ranks_for_some(folder: Path) -> None:
