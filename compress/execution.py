@@ -225,19 +225,18 @@ class Execution:
         budgets = {index: one.budget for index, one in passes.items() if one.budget is not None}
         if not budgets or self.work.entries("ranks", sweep=sweep):
             return
-        spectra: dict[str, Tensor] = {}
+        known: dict[str, Tensor] = {}  # spectra, and errors by rank
         for block in range(lock.blocks):
-            kept = self.kept(sweep, block)
-            spectra |= {key.rpartition(":")[0]: value for key, value in kept.items() if key.endswith(":spectrum")}
+            known |= {key: x for key, x in self.kept(sweep, block).items() if key.endswith((":spectrum", ":errors"))}
         sizes = {linear.name: linear.out_features + linear.in_features for linear in lock.linears}
         ranks: dict[str, int] = {}
         for index, budget in budgets.items():
-            mine = {linear.name for linear in lock.linears if index in dict(linear.passes)}
-            found = spend({name: values for name, values in spectra.items() if name in mine}, sizes, budget)
+            mine = [linear.name for linear in lock.linears if index in dict(linear.passes)]
+            found = spend({n: known[f"{n}:spectrum"] for n in mine if f"{n}:spectrum" in known}, sizes, budget)
             used = sum(sizes[name] * rank for name, rank in found.items())
             self.progress.say(
                 f"  ranks {min(found.values())} to {max(found.values())}: {used:,} of {budget:,} parameters"
             )
             ranks |= found
-        lost = {name: float(values[ranks[name] :].sum(dtype=torch.float64)) for name, values in spectra.items()}
-        self.work.append({"kind": "ranks", "sweep": sweep, "ranks": ranks, "lost": lost})
+        errors = {name: float(known[f"{name}:errors"][rank]) for name, rank in ranks.items()}
+        self.work.append({"kind": "ranks", "sweep": sweep, "ranks": ranks, "errors": errors})

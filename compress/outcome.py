@@ -259,12 +259,12 @@ def _counts(lock: Lock, tensors: FinalTensors | CutTensors) -> tuple[int, int, f
 
 
 def _cut(line: LedgerLine, entry: dict[str, Any], lock: Lock) -> LedgerLine:
-    """A line of branches that a budget has cut since: each rank that is gone took its σ² from the error."""
+    """A line of branches that a budget has cut since: with the error of the ranks that are left."""
     one = lock.plan.passes[line.pass_index]
-    if line.sweep != entry["sweep"] or not isinstance(one, EoRA) or one.budget is None or one.norm == "weight":
+    if line.sweep != entry["sweep"] or not isinstance(one, EoRA) or one.budget is None:
         return line
-    error = (line.error_after or 0.0) + entry["lost"][line.linear]
-    return line.model_copy(update={"error_after": error, "detail": f"rank {entry['ranks'][line.linear]}"})
+    name = line.linear
+    return line.model_copy(update={"error_after": entry["errors"][name], "detail": f"rank {entry['ranks'][name]}"})
 
 
 def _written(directory: Path) -> int:

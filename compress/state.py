@@ -129,12 +129,14 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
 class LowRank:
     """A branch beside the weight, ``y = W x + up (down x)``: up (out, r) and down (r, in), float32. Never merged.
 
-    `spectrum` (r,): what each rank is worth, where ranks are still to be allocated.
+    Where ranks are still to be allocated, `spectrum` (r,) is what each is worth, and `errors` (r + 1,) float64 the
+    relative error of the linear with the first 0, 1, … r of them.
     """
 
     up: Tensor
     down: Tensor
     spectrum: Tensor | None = None
+    errors: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -259,8 +261,9 @@ class LinearState:
         if self.low_rank is not None:
             kept[f"{self.name}:up"] = in_dtype(self.low_rank.up, self.dtype, self.name)
             kept[f"{self.name}:down"] = in_dtype(self.low_rank.down, self.dtype, self.name)
-            if self.low_rank.spectrum is not None:
+            if self.low_rank.spectrum is not None and self.low_rank.errors is not None:
                 kept[f"{self.name}:spectrum"] = self.low_rank.spectrum
+                kept[f"{self.name}:errors"] = self.low_rank.errors
         if self.rows is not None:
             kept[f"{self.name}:rows"] = self.rows
         if self.columns is not None:
@@ -292,12 +295,13 @@ def kept_low_rank(name: str, tensors: Mapping[str, Tensor]) -> LowRank | None:
     """The branch of linear `name` from what the journal keeps of it."""
     if f"{name}:up" not in tensors:
         return None
-    return LowRank(tensors[f"{name}:up"].float(), tensors[f"{name}:down"].float(), tensors.get(f"{name}:spectrum"))
+    spectrum, errors = (tensors.get(f"{name}:{kind}") for kind in ("spectrum", "errors"))
+    return LowRank(tensors[f"{name}:up"].float(), tensors[f"{name}:down"].float(), spectrum, errors)
 
 
 def cut_ranks(tensors: dict[str, Tensor], ranks: Mapping[str, int]) -> dict[str, Tensor]:
     """What the journal keeps of a block, with the branches of linears cut to these ranks; 0 removes a branch."""
-    cut = {key: tensor for key, tensor in tensors.items() if not key.endswith(":spectrum")}
+    cut = {key: tensor for key, tensor in tensors.items() if not key.endswith((":spectrum", ":errors"))}
     for name, rank in ranks.items():
         if f"{name}:up" in cut:
             up, down = cut.pop(f"{name}:up"), cut.pop(f"{name}:down")

@@ -17,7 +17,8 @@ Each pair of a column of B and a row of A is scaled to equal norms, so that both
 last: the branch is never merged, so mask and codes stay.
 
 `norm = "weight"` takes H = I, the plain SVD of ΔW, as a baseline. With `budget`, `rank` is the largest rank: when all
-factors are known, the budget's parameters go to where Σσ², relative to ``‖W X‖²``, falls fastest per parameter.
+factors are known, the budget's parameters go to where Σσ², relative to ``‖W X‖²``, falls fastest per parameter; the
+ledger then has the errors of the ranks that are left.
 """
 
 from __future__ import annotations
@@ -91,16 +92,20 @@ class EoRA(LinearPass):
     def apply(self, linear: LinearState, moments: Moments) -> Note:
         """Find the branch of one linear."""
         missing = linear.dense - linear.base()
-        H = moments.gram() if self.norm == "activation" else None
-        vectors, squares = left_singular(missing, H, self.rank)
+        plain = self.norm == "weight"
+        gram = None if plain and self.budget is None else moments.gram()
+        vectors, squares = left_singular(missing, None if plain else gram, self.rank)
         up, down = balanced(vectors, vectors.T @ missing.double())
         branch = LowRank(up.float(), down.float())
         if self.factor_bits is not None:
             branch = LowRank(*(_rounded(one, self.factor_bits, linear.dtype) for one in (branch.up, branch.down)))
-        if self.budget is not None:  # the pass manager cuts the ranks when it knows all spectra
-            whole = moments.error(linear.dense) if H is not None else float(linear.dense.square().sum())
-            branch = replace(branch, spectrum=(squares / max(whole, 1e-30)).float())
-        linear.low_rank = branch.rounded(linear.dtype)
+        branch = branch.rounded(linear.dtype)
+        if self.budget is not None and gram is not None:  # the pass manager cuts the ranks when it knows all spectra
+            whole = moments.error(linear.dense)
+            errors = errors_by_rank(moments.error(missing), missing, branch, gram) / max(whole, 1e-30)
+            size = float(linear.dense.square().sum()) if plain else whole
+            branch = replace(branch, spectrum=(squares / max(size, 1e-30)).float(), errors=errors.cpu())
+        linear.low_rank = branch
         return {"detail": f"rank {branch.rank}"}
 
 
@@ -160,6 +165,29 @@ def _krylov(missing: Tensor, H: Tensor | None, rank: int) -> tuple[Tensor, Tenso
         if (len(values) == rank and held - before <= GAIN * held) or basis.shape[1] + size > missing.shape[0]:
             return torch.linalg.qr(basis.double() @ vectors).Q, values
         block = image
+
+
+def errors_by_rank(error: float, missing: Tensor, branch: LowRank, H: Tensor) -> Tensor:
+    """``‖(ΔW − B_k A_k) X‖²`` with the first k columns of B and rows of A, for k = 0 … r.
+
+    Of the factors as they are, rounded, and in whatever norm they are the best: with ``R = A H`` it is
+    ``‖ΔW X‖² − 2 Σ_{i≤k} (Bᵀ ΔW Rᵀ)_ii + Σ_{i,j≤k} (BᵀB)_ij (R Aᵀ)_ij``.
+
+    Args:
+        error: ``‖ΔW X‖²``.
+        missing: (out, in) ΔW.
+        branch: B (out, r) and A (r, in).
+        H: (in, in) X Xᵀ.
+
+    Returns:
+        (r + 1,) float64.
+    """
+    B, A = branch.up, branch.down
+    R = (A @ H).double()  # (r, in)
+    gain = ((B.T @ missing) * R).sum(1)  # (r,)
+    both = (B.T @ B) * (R @ A.T.double())  # (r, r)
+    cost = both.cumsum(0).cumsum(1).diagonal()  # the sums of its leading squares
+    return error - torch.nn.functional.pad(2 * gain.cumsum(0) - cost, (1, 0)).clamp_max(error)
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
