@@ -46,7 +46,8 @@ class DepthPruning(Structured, ModelPass):
         """Fewer blocks."""
         if self.blocks >= sizes.blocks:
             problem = f"blocks = {self.blocks} of {sizes.blocks} leaves none"
-            raise SettingError(problem, f"blocks = {sizes.blocks - 1} or less", ("blocks",))
+            fix = f"blocks = {sizes.blocks - 1} or less" if sizes.blocks > 1 else "leave depth out"
+            raise SettingError(problem, fix, ("blocks",))
         if getattr(config, "scale_attn_by_inverse_layer_idx", False):
             problem = (
                 "attention is scaled by the number of its block, which would change (scale_attn_by_inverse_layer_idx)"

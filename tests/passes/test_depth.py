@@ -146,6 +146,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="blocks = 2 of 2 leaves none") as caught:
         compile_plan(plan_of(tmp_path, DepthPruning(blocks=2)))
     assert caught.value.fix == "blocks = 1 or less"
+    tiny_directory(tmp_path / "model", "llama", tied=True, blocks=1)
+    with pytest.raises(PlanError, match="blocks = 1 of 1 leaves none") as caught:
+        compile_plan(plan_of(tmp_path, DepthPruning(blocks=1)))
+    assert caught.value.fix == "leave depth out"  # 0 is no number of blocks to drop
+    tiny_directory(tmp_path / "model", "llama", tied=True, blocks=2)
     with pytest.raises(PlanError, match="would break the mask"):
         compile_plan(plan_of(tmp_path, Wanda(sparsity=0.5), DepthPruning(blocks=1)))
 
