@@ -84,14 +84,13 @@ def _out_of_order(
     broken: set[Invariant],
 ) -> PlanError:
     rule, fix = RULES[one.rule]
-    if broken:
-        fix = _mend(plan, one, established, broken)
     if missing:
         needs = " and ".join(sorted(missing))
         problem = f"{one.use()} needs a {needs}, which no earlier pass makes for {linear.name}"
     else:
         what = sorted(broken)[0]
         earlier = established[what]
+        fix = _mend(plan, one, established, broken)
         problem = f"{one.use()} would break the {what} that pass[{earlier}] {plan.passes[earlier].use()} makes"
         problem += f" for {linear.name}"
     if not type(one).__module__.startswith("compress."):

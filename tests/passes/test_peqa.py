@@ -359,6 +359,9 @@ def refusal(plan: compress.Plan) -> str:
 def test_it_needs_a_grid(folder: Path) -> None:
     assert "peqa needs a grid" in (said := refusal(plan_of(folder, Magnitude(sparsity=0.5), quick())))
     assert "rule 6" in said
+    without = refusal(plan_of(folder, Magnitude(sparsity=0.5), EoRA(rank=2), quick()))
+    assert "peqa needs a grid" in without
+    assert "fix: put a quantizer before it" in without  # elsewhere it would need one, too
     assert "down_proj" in refusal(plan_of(folder, RTN(group_size=16, except_=("*.down_proj",)), quick()))
     compile_plan(plan_of(folder, RTN(group_size=16, except_=("*.down_proj",)), quick(except_=("*.down_proj",))))
 
