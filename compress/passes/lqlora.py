@@ -40,7 +40,7 @@ from compress.errors import PlanError, RunError
 from compress.grid import Grid, GridSpec, ScaleSpec
 from compress.passes.base import Invariant, LinearPass, LinearState, Moments, Note, SettingError, Survey
 from compress.passes.bit_budget import allocate, check_budget
-from compress.passes.eora import balanced, left_singular
+from compress.passes.eora import SMALL, balanced, left_singular
 from compress.passes.grid_search import least_error, second_level
 from compress.state import LowRank
 
@@ -160,6 +160,13 @@ class LQLoRA(LinearPass):
             names = " or ".join(map(str, sizes))
             problem = f"group_size {names} does not divide the input width {in_features}"
             raise SettingError(problem, f"choose among {', '.join(map(str, dict.fromkeys(fits)))}")
+
+    def solving_bytes(self, out_features: int, in_features: int) -> int:
+        """Places in the table of values and the best pair so far, or an SVD in float64; and the Fisher information."""
+        weights, smaller = out_features * in_features, min(out_features, in_features)
+        rank = self.added_rank() or 0
+        svd = 0 if not rank or rank * SMALL <= smaller or subspace_will_do(rank, smaller) else 56 * smaller**2
+        return max(16 * weights, svd) + 4 * weights * self.fisher
 
     def storage_bits(self, out_features: int, in_features: int, dtype: torch.dtype) -> int:
         """The bits of a linear with these settings: codes, codes of scales, peaks, offset and branch in `dtype`."""
@@ -358,14 +365,19 @@ EXACT = 1024
 OVERSAMPLING, POWERS = 10, 4
 
 
+def subspace_will_do(rank: int, smaller: int) -> bool:
+    """Whether the iteration is used for this rank of a matrix with so many rows or columns, whichever are fewer."""
+    return smaller > EXACT and 4 * (rank + OVERSAMPLING) <= smaller
+
+
 def low_rank(matrix: Tensor, rank: int, norm: Norm) -> LowRank:
     """The best branch of this rank in the (surrogate) norm, with √σ in both factors. `matrix`: (out, in)."""
     scaled = matrix if norm.rows is None or norm.columns is None else norm.rows * matrix * norm.columns
-    if min(matrix.shape) <= EXACT or 4 * (rank + OVERSAMPLING) > min(matrix.shape):
+    if subspace_will_do(rank, min(matrix.shape)):
+        up, down = _subspace(scaled, rank)
+    else:
         left, _ = left_singular(scaled, None, rank)
         up, down = left, left.T @ scaled.double()
-    else:
-        up, down = _subspace(scaled, rank)
     if norm.rows is not None and norm.columns is not None:
         up, down = up / norm.rows, down / norm.columns
     up, down = balanced(up, down)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise, product
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import compress
@@ -727,6 +729,44 @@ def test_the_lock_shows_what_counts() -> None:
     assert budgeted.grid() is None
     assert Invariant.GRID in budgeted.provides()
     assert LQLoRA.use() == "lqlora"
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, while these are alive; work space inside of one is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holders: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().nbytes():
+                place = one.untyped_storage().data_ptr()
+                self.holders[place] = self.holders.get(place, 0) + 1
+                self.sizes[place] = one.untyped_storage().nbytes()
+                weakref.finalize(one, self.drop, place)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return made
+
+    def drop(self, place: int) -> None:
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place], self.sizes[place]
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip": "mse"}, {"clip": "mse", "fisher": True}, {"rank": 80}])
+def test_what_it_holds_while_it_solves_is_counted(settings: dict[str, Any]) -> None:
+    """Beside the 24 bytes for each weight that every pass may hold, and the two weights that are there before."""
+    shape = (256, 768)
+    one = LQLoRA(**{"rank": 8, "iterations": 3} | settings)
+    state = informed(heavy(*shape, seed=1), importance(*shape, seed=2) if one.fisher else None)
+    with Alive() as alive:
+        one.apply(state, NOTHING)
+    weights = 256 * 768
+    assert 24 * weights < alive.most + 4 * weights * one.fisher <= 24 * weights + one.solving_bytes(*shape)
 
 
 # ---------------------------------------------------------------- whole runs
