@@ -233,7 +233,10 @@ class Moments:
         return turned.T  # what is above the diagonal of `turned` is the lower triangle of its transpose
 
     def error(self, difference: Tensor) -> float:
-        """``‖Δ X‖²`` of a weight difference Δ (out, in): exact with the Gram matrix, its diagonal part with norms."""
+        """``‖Δ X‖²`` of a weight difference Δ (out, in): exact with the Gram matrix, its diagonal part with norms.
+
+        Never negative, as a sum of squares; the panels' rounding would leave some where Δ X is next to nothing.
+        """
         if self._panels is None:
             return float((difference.square() @ self.squares).sum())
         # tr(ΔHΔᵀ) panel by panel: what is on the block diagonal of H once, what is below it twice. That is half of the
@@ -243,7 +246,7 @@ class Moments:
             own, panel = difference[:, start:stop], panel.float()
             product = torch.addmm(own @ panel[: stop - start], difference[:, stop:], panel[stop - start :], alpha=2.0)
             total += product.mul_(own).sum(dtype=torch.float64)
-        return float(total)
+        return float(total.clamp_min(0.0))
 
     def _each(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
         """The panels with their first and last columns. Raises ValueError when only norms were collected."""

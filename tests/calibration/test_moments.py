@@ -170,6 +170,17 @@ def test_the_error_of_a_difference_is_what_the_layer_computes_wrongly():
     assert moments_of(inputs).error(torch.zeros(11, 140)) == 0
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_error_of_a_difference_that_inputs_do_not_see_is_not_negative(seed: int) -> None:
+    """In float32 their panels give a little of either sign."""
+    inputs = draw(3, 300, seed=seed)
+    seen = torch.linalg.qr(inputs.double().T).Q
+    difference = draw(5, 300, seed=seed + 100).double()
+    moments = moments_of(inputs)
+    moments.reduce(World(torch.device("cpu")))
+    assert 0 <= moments.error((difference - difference @ seen @ seen.T).float()) < 1e-2
+
+
 def test_with_uncorrelated_inputs_both_errors_agree():
     inputs, difference = torch.diag(draw(12, seed=12).exp()), draw(5, 12, seed=13)
     errors = [moments_of(inputs, statistics).error(difference) for statistics in BOTH]
