@@ -159,7 +159,7 @@ def made_up(depth: int = 4, **changes: object) -> Report:
 class Page(HTMLParser):
     """Collects what the page refers to, and checks that its elements nest."""
 
-    VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
+    VOID = frozenset({"meta", "br", "wbr", "link", "img", "input", "hr"})
 
     def __init__(self, html: str) -> None:
         super().__init__()
