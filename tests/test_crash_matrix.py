@@ -46,12 +46,12 @@ def cases(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def befall(case: Case, fault: str, count: int) -> None:
-    """Have a fault befall a plan `count` times, and all trials end well."""
+    """Have a fault befall a plan `count` times, or as often as it has moments for it, and all trials end well."""
     before = case.trials
     options = {"last": count} if fault.startswith("power_cuts") else {}
     getattr(case, fault)(count, **options)
     assert case.problems == []
-    assert case.trials >= before + count
+    assert case.trials > before
 
 
 @pytest.mark.parametrize("fault", MOMENTS)
