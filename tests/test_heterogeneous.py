@@ -146,6 +146,9 @@ def test_what_check_assumes_is_possible_and_has_the_extremes() -> None:
         most = size // multiple * multiple
         assert min(widths) == max(multiple, sum(widths) - (blocks - 1) * most)
         assert max(widths) >= min(most, sum(widths) - (blocks - 1) * multiple) - multiple  # one has more than the least
+    found = example("channels", 0.3, 576, 5, 64)  # 2016 in all: the larger of two as near
+    assert not isinstance(found, int)
+    assert sum(found) == 2048
 
 
 # ------------------------------------------------------------------- the model

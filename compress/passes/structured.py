@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -125,8 +126,8 @@ def rounded(key: str, fraction: float, size: int, multiple: int, unit: int = 1) 
     Raises:
         SettingError: that would be nothing, or all.
     """
-    wanted = size * (1 - fraction)
-    left = multiple * math.floor(wanted / multiple + 0.5)
+    wanted = size * _kept(fraction)
+    left = multiple * _nearest(wanted / multiple)
     if 0 < left < size:
         return left
     fits = range(multiple, size, multiple)
@@ -147,6 +148,16 @@ def rounded(key: str, fraction: float, size: int, multiple: int, unit: int = 1) 
     raise SettingError(problem, fix, (key,))
 
 
+def _kept(fraction: float) -> Fraction:
+    """1 − fraction, exact for the decimal that was written (1 − 0.3 is 7/10, not a little less)."""
+    return 1 - Fraction(str(fraction))
+
+
+def _nearest(number: Fraction) -> int:
+    """The nearest whole number, the larger of two as near."""
+    return math.floor(number + Fraction(1, 2))
+
+
 def example(name: str, fraction: float, size: int, blocks: int, multiple: int) -> Units:
     """What blocks of `size` units may keep so that all together keep ``1 − fraction`` of them, and each a multiple.
 
@@ -157,8 +168,7 @@ def example(name: str, fraction: float, size: int, blocks: int, multiple: int) -
         SettingError: a block would have nothing, or all blocks all.
     """
     least, most = blocks, blocks * (size // multiple)
-    wanted = blocks * size * (1 - fraction)
-    total = math.floor(wanted / multiple + 0.5)
+    total = _nearest(blocks * size * _kept(fraction) / multiple)
     if not least <= total <= most or total * multiple == blocks * size:
         of = f" in multiples of {multiple}" if multiple > 1 else ""
         problem = f"{name} = {fraction:g} of {blocks} blocks of {size} leaves {max(total, 0) * multiple}{of}"

@@ -392,6 +392,8 @@ def test_statistics_are_those_that_are_used(family: str, settings: dict[str, Any
         (0.9, 48, 8, 8),  # 4.8: 8 is nearer than 0
         (0.1, 40, 16, 32),  # the size itself need not be a multiple
         (0.5, 3, 1, 2),
+        (0.3, 2880, 64, 2048),  # 2016: as near to 1984, though 2880 * (1 - 0.3) / 64 is a little less than 31.5
+        (0.9, 15, 1, 2),
     ],
 )
 def test_rounding(fraction: float, size: int, multiple: int, left: int) -> None:
