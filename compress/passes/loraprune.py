@@ -19,6 +19,7 @@ Gradients are read as the backward leaves them, unclipped. A unit that was maske
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -100,7 +101,8 @@ class LoRAPrune(Training, Narrowing, ModelPass):
 
     def share_masked(self, steps: int) -> float:
         """The fraction of the units to be removed that are masked after so many steps: cubic, exactly 1 at `end`."""
-        first, last = math.floor(self.start * self.steps), math.ceil(self.end * self.steps)
+        start, end = (Fraction(str(fraction)) * self.steps for fraction in (self.start, self.end))  # as written
+        first, last = math.floor(start), math.ceil(end)
         if steps >= last:
             return 1.0
         steps -= (steps - first) % self.prune_every

@@ -111,6 +111,13 @@ def test_the_schedule(steps: int, every: int, start: float, end: float) -> None:
         assert shares[step] == pytest.approx(1 - (1 - passed) ** 3)
 
 
+def test_the_schedule_has_the_fractions_that_are_written() -> None:
+    """0.29 of 100 is 29 and 0.55 is 55, though 0.29 * 100 is a little less and 0.55 * 100 a little more."""
+    one = LoRAPrune(channels=0.5, steps=100, prune_every=1, start=0.29, end=0.55)
+    shares = [one.share_masked(step) for step in range(101)]
+    assert (shares.count(0.0), shares.index(1.0)) == (30, 55)  # 0 … 29
+
+
 @pytest.mark.parametrize(("family", "gqa"), FAMILIES)
 def test_removed_is_masked(family: str, gqa: bool, tmp_path: Path) -> None:
     """The emitted model computes what the model computed that was masked and had its factors beside the weights."""
