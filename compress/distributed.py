@@ -248,7 +248,7 @@ class Share:
 
     def __init__(self, world: World | None = None, count: Callable[[Tensor], float] = len) -> None:
         """`count`: what a mean over samples is taken over, by their indices, such as their predicted tokens."""
-        self.world, self.size, self._count = world, world.size if world else 1, count
+        self.world, self.size, self.count = world, world.size if world else 1, count
 
     def part(self, indices: Tensor) -> tuple[Tensor, float]:
         """This process's samples of a batch, and the weight that makes the mean over processes that over the batch.
@@ -260,7 +260,7 @@ class Share:
         mine = self._mine(self.world, indices)
         if not len(mine):
             return self._stand_in(self.world, indices), 0.0
-        return mine, self.size * self._count(mine) / max(self._count(indices), 1e-30)
+        return mine, self.size * self.count(mine) / max(self.count(indices), 1e-30)
 
     def _mine(self, world: World, indices: Tensor) -> Tensor:
         return indices[world.rank :: self.size]

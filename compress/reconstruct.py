@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from compress.distributed import OwnShare, Share
+from compress.distributed import OwnShare
 from compress.training_store import TrainingStore
 
 if TYPE_CHECKING:
     from compress.adapting import AdaptedLinear
-    from compress.distributed import World
+    from compress.distributed import Share, World
     from compress.flows import Activations
     from compress.sweep import Sweep
 
@@ -36,8 +36,6 @@ class BlockForward:
 
     def _shared(self, world: World) -> Share:
         """What of a batch this process takes. The loss is a quotient: samples weigh what they have below the line."""
-        if world.size == 1:
-            return Share()
         sizes = torch.zeros(self.samples, dtype=torch.float64, device=world.device)
         for sample in range(self._own.start, self._own.stop):
             sizes[sample] = self._wanted(torch.tensor([sample])).square().sum()

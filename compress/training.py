@@ -135,7 +135,7 @@ def train(
 
     Args:
         parameters: float32, by name.
-        loss: the mean loss over samples, by their indices.
+        loss: the mean loss over samples, by their indices; over what, `share` counts.
         samples: how many there are.
         settings: of the loop.
         store: keeps the state every `evaluate_every` steps.
@@ -208,12 +208,14 @@ def _step(
         group["lr"] = settings.rate(step)
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for part in range(settings.accumulation):
-        indices, weight = share.part(settings.batch(chosen, step * settings.accumulation + part))
+    batches = [settings.batch(chosen, step * settings.accumulation + part) for part in range(settings.accumulation)]
+    counts = [share.count(batch) for batch in batches]
+    for batch, count in zip(batches, counts, strict=True):
+        indices, weight = share.part(batch)
         if watcher and weight:
             watcher.expect(indices)
         with torch.enable_grad(), _precision(settings, next(iter(parameters.values())).device):
-            value = loss(indices) * (weight / settings.accumulation)
+            value = loss(indices) * (weight * count / max(sum(counts), 1e-30))
         mean = share.mean(float(value.detach()))
         if not math.isfinite(mean):
             raise _not_finite(f"the loss is {mean:g}", step, blame(indices) if blame else None)
@@ -239,12 +241,14 @@ def _precision(settings: Training, device: torch.device) -> AbstractContextManag
 
 def _held_out(loss: Callable[[Tensor], Tensor], held: Tensor, settings: Training, step: int, share: Share) -> float:
     """The mean loss over the held-out samples, after so many steps."""
-    total = 0.0
+    total, counted = 0.0, 0.0
     with torch.no_grad():
         for some in torch.split(held, settings.batch_size):
             mine, weight = share.part(some)
-            total += share.mean(float(loss(mine)) * weight) * len(some)
-    mean = total / len(held)
+            count = share.count(some)
+            total += share.mean(float(loss(mine)) * weight) * count
+            counted += count
+    mean = total / max(counted, 1e-30)
     if not math.isfinite(mean) and step:
         raise _not_finite(f"the held-out loss is {mean:g}", step - 1, None)
     if not math.isfinite(mean):

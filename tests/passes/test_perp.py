@@ -284,6 +284,45 @@ def test_later_sweeps_see_what_was_trained_outside_blocks(
         assert torch.equal(value, stored.float()), name
 
 
+@pytest.mark.parametrize("holdout", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["end-to-end", "reconstruct"])
+def test_parts_of_a_batch_count_as_much_as_they_hold(
+    mode: str, holdout: float, sources: Callable[..., Path], tmp_path: Path, watch: Watch
+) -> None:
+    """Eight documents, long and short, in one forward or in four: one loss over all of them, held out or learned."""
+    texts = [chr(ord("a") + number) * (3 + 11 * (number % 3)) for number in range(16)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    for batch_size in (8, 2):
+        plan = compress.Plan(
+            model=compress.Model(path=str(sources("llama") / "model")),
+            calibration=compress.Calibration(
+                source=str(tmp_path / "texts.jsonl"), samples=16, length=32, packing="documents"
+            ),
+            run=compress.Run(output=str(tmp_path / str(batch_size))),
+            passes=(
+                Wanda(pattern="2:4"),
+                PERP(
+                    mode=mode,
+                    train=("norms",),
+                    steps=3,
+                    batch_size=batch_size,
+                    accumulation=8 // batch_size,
+                    holdout=holdout,
+                    evaluate_every=1,
+                    patience=9,
+                ),
+            ),
+        )
+        compress.run(plan)
+    half = len(watch.numbers) // 2
+    for whole, parts in zip(watch.numbers[:half], watch.numbers[half:], strict=True):
+        for name in ("first", "best"):
+            assert parts[name] == pytest.approx(whole[name], rel=1e-5)
+    for (before, after), (_, again) in zip(watch.losses[:half], watch.losses[half:], strict=True):
+        assert again == pytest.approx(after, rel=1e-5)
+        assert holdout or after != before
+
+
 @pytest.mark.parametrize("distill", [0.0, 0.5])
 def test_a_sample_without_a_token_to_predict_is_worth_nothing(
     distill: float, sources: Callable[..., Path], tmp_path: Path
