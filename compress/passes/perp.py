@@ -7,7 +7,8 @@ al. 2024, arXiv 2407.14679). Masks stay bit for bit; on a grid only a branch bes
 `mode = "end-to-end"` minimizes the loss of `compress.end_to_end` over the calibration set.
 
 `mode = "reconstruct"` trains block by block in a sweep, with ``‖f(x) − f_dense(x)‖² / ‖f_dense(x)‖²``, x the inputs
-that the compressed blocks before it give (section 3.2 of the paper): no more than two blocks are ever in memory.
+that the compressed blocks before it give (section 3.2 of the paper): no more than two blocks are ever in memory. Behind
+structured pruning f_dense is the block of the smaller model.
 """
 
 from __future__ import annotations
@@ -139,6 +140,11 @@ class PERP(Training, BlockPass, ModelPass):
         skeleton = lock.skeleton
         if skeleton.tied and skeleton.stored[skeleton.head] == skeleton.stored[skeleton.embedding]:
             self._refuse_parting()
+        if self.mode == "reconstruct" and index == lock.stage[0]:
+            came = "the smaller model" if lock.before else "the model"
+            problem = f"reconstruct trains blocks towards those of {came} as it came, which no pass before has changed"
+            fix = 'put what prunes or quantizes before it, or use mode = "end-to-end"'
+            raise SettingError(problem, fix + " with distill = 1.0" * bool(lock.before), ("mode",))
         targets = [linear.name for linear in lock.linears if index in dict(linear.passes)]
         if self.trained == {"biases"} and not any(f"{name}.bias" in skeleton.stored for name in targets):
             raise _nothing(self.train)  # every model has all else

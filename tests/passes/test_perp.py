@@ -541,6 +541,29 @@ def test_settings_that_are_refused(
     assert not Path(".out.compress").exists()
 
 
+@pytest.mark.parametrize(
+    ("before", "says", "fix"),
+    [
+        ((), "of the model as it came", 'before it, or use mode = "end-to-end"'),
+        (('use = "width"\nchannels = 0.5\nmultiple = 8',), "of the smaller model as it came", "with distill = 1.0"),
+        (('use = "depth"\nblocks = 1',), "of the smaller model as it came", "with distill = 1.0"),
+    ],
+    ids=["first", "width", "depth"],
+)
+def test_a_reconstruction_has_something_to_make_up_for(
+    before: tuple[str, ...], says: str, fix: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing has changed since, every block is its dense self already: all steps would learn nothing."""
+    one = 'use = "perp"\nmode = "reconstruct"\nrank = 2'
+    write(*before, one)
+    found = refused(capsys, "plan.toml")
+    assert f"towards those {says}, which no pass before has changed" in found
+    assert fix in found.rpartition("fix: ")[2]
+    assert found.split(": pass[")[1].startswith(f"{len(before)}].mode")
+    write(*before, SPARSE, one)
+    compile_plan(load_plan("plan.toml"))
+
+
 def test_a_training_that_diverges_ends_with_exit_code_3(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message names pass, step and layer, and what was finished stays."""
     for mode, where in (("end-to-end", "perp, step "), ("reconstruct", "perp on block 0, step ")):
