@@ -74,9 +74,12 @@ class DepthPruning(Structured, ModelPass):
         yield from zip(torch.split(ids, self.batch_size), torch.split(mask, self.batch_size), strict=True)
 
     def _cosines(self, model: WholeModel) -> dict[tuple[int, int], tuple[float, float]]:
-        """(ℓ, m) → mean angle / π and mean cosine between the stream in front of block ℓ and of block m."""
-        blocks = model.lock.blocks
-        sums = {(a, b): [0.0, 0.0] for a in range(blocks) for b in range(a + 1, blocks + 1)}
+        """(ℓ, m) → mean angle / π and mean cosine between the stream in front of block ℓ and of block m.
+
+        Only of the pairs that the score compares, one for each ℓ.
+        """
+        apart = self.blocks if self.score == "angular" else 1
+        sums = {(a, a + apart): [0.0, 0.0] for a in range(model.lock.blocks - apart + 1)}
         total = 0
         for ids, mask in self._batches(model):
             stream = [state[mask] for state in model.stream(ids)]

@@ -128,6 +128,25 @@ def test_the_blocks_of_the_paper_are_dropped(score: str, family: str, tmp_path: 
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == lock.output_bytes
 
 
+@pytest.mark.parametrize(("score", "apart"), [("angular", 2), ("influence", 1)])
+def test_only_what_the_score_compares_is_compared(
+    score: str, apart: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One comparison for each place, not for each pair of places."""
+    tiny_directory(tmp_path / "model", "llama", blocks=BLOCKS)
+    seen = []
+    cosine = nn.functional.cosine_similarity
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(args)
+        return cosine(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "cosine_similarity", counted)
+    plan = plan_of(tmp_path, DepthPruning(blocks=2, score=score, batch_size=64))
+    compress.run(plan)
+    assert len(seen) == BLOCKS + 1 - apart
+
+
 def test_neighbours_and_single_blocks() -> None:
     """The pair that turns least together need not be the two blocks that turn least alone."""
     pairs = {(a, b): (0.5, 0.5) for a in range(4) for b in range(a + 1, 5)}
