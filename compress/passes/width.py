@@ -18,8 +18,9 @@ nothing; between both, what all blocks keep together is spread over them, by the
 of its block; the second prunes as above. For obs, the score of a unit is what it costs in its turn until one `multiple`
 is left.
 
-The hidden width has readers in every block: a channel's score is ``Σ ‖W_j‖² ‖X_j‖²`` over all of them (the norms that
-feed them included), and one choice serves the whole model.
+The hidden width has readers in every block: a channel's score is ``Σ ‖W_j‖² ‖X_j‖²`` over those of a block (the norms
+that feed them included), as a share of what all channels have there, added up over the blocks; with magnitude without
+X, with random at random. One choice serves the whole model.
 """
 
 from __future__ import annotations
