@@ -451,7 +451,7 @@ def test_check_says_who_loads_it(tmp_path: Path) -> None:
             "group_size 16 does not divide the input width 24",
             "choose among 24",
         ),
-        (CHANNELS + "match = ['*']\n", "prunes all blocks alike", 'leave "match" out'),
+        (CHANNELS + "match = ['*']\n", "width prunes the whole model by one setting", 'leave "match" out'),
     ],
 )
 def test_what_cannot_be_is_refused_beforehand(passes: str, message: str, fix: str, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class LoRAPrune(Training, Narrowing, ModelPass):
             raise SettingError(problem, f"rank = {most} or less")
 
     def check_lock(self, lock: Lock, index: int) -> None:
-        """Samples to train on, and all blocks alike."""
+        """Samples to train on, and one setting for the whole model."""
         Training.check_lock(self, lock, index)
         Narrowing.check_lock(self, lock, index)
 

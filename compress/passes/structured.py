@@ -33,11 +33,11 @@ class Structured(Pass):
         """What the configured pass leaves of a model of these sizes. Raises SettingError."""
 
     def check_lock(self, lock: Any, index: int) -> None:
-        """All blocks are pruned by one setting, so there is nothing to match."""
+        """The whole model is pruned by one setting, so there is nothing to match."""
         for key in ("match", "except_", "where"):
             if key in self.model_fields_set:
                 name = key.rstrip("_")
-                problem = f"{self.use()} prunes all blocks alike, so that stock loaders take the model"
+                problem = f"{self.use()} prunes the whole model by one setting"
                 raise SettingError(problem, f'leave "{name}" out', (name,))
 
 

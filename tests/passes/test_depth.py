@@ -170,6 +170,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         compile_plan(plan_of(tmp_path, DepthPruning(blocks=1)))
     assert caught.value.fix == "leave depth out"  # 0 is no number of blocks to drop
     tiny_directory(tmp_path / "model", "llama", tied=True, blocks=2)
+    with pytest.raises(PlanError, match="depth prunes the whole model by one setting") as caught:
+        compile_plan(plan_of(tmp_path, DepthPruning(blocks=1, match=("*.0.*",))))
+    assert caught.value.fix == 'leave "match" out'
     with pytest.raises(PlanError, match="would break the mask"):
         compile_plan(plan_of(tmp_path, Wanda(sparsity=0.5), DepthPruning(blocks=1)))
 

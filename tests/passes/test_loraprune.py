@@ -284,7 +284,7 @@ REFUSED = {
     "all": ({"channels": 0.99}, "leaves 0"),
     "none": ({"channels": 0.01}, "removes none"),
     "rank": ({"channels": 0.5, "rank": 40}, "rank 40 is above"),
-    "match": ({"channels": 0.5, "match": ("*.mlp.*",)}, "all blocks alike"),
+    "match": ({"channels": 0.5, "match": ("*.mlp.*",)}, "the whole model by one setting"),
 }
 
 
