@@ -232,7 +232,9 @@ class Case:
                 with mounted(self.folder):
                     command = {"points": EVERYTHING, "at": at, "action": "full", "place": self.folder, "spare": spare}
                     found = self.runner(self.fill(self.folder), **command)
-                    full = found["status"] == 3 and "No space left" in found["message"] and "fix:" in found["message"]
+                    message, early = found["message"], found["status"] == 2  # before the run asks what is free
+                    full = early or found["status"] == 3
+                    full = full and ("are free" if early else "No space left") in message and "fix:" in message
                     self._expect(full or found["status"] == 0, found)  # what was left was enough
                     again = self.runner(self.folder) if full else found  # still full
                     self._expect(again["status"] in (0, 2, 3) and "Traceback" not in again["message"], again)
