@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationInfo, field_validator
 
 
 class Settings(BaseModel):
@@ -18,12 +18,12 @@ class Settings(BaseModel):
     def _says_what_it_means(cls, value: Any, info: ValidationInfo) -> Any:
         """TOML has types: true is no number, "2" is no number, 2.0 is no whole number, "yes" is no truth value."""
         kinds = _kinds(cls.model_fields[info.field_name].annotation) if info.field_name in cls.model_fields else set()
-        wanted = kinds & {bool, int, float}
+        names = {bool: "true or false", int: "a whole number", float: "a number", ByteSize: "a number of bytes"}
+        wanted = [kind for kind in names if kind in kinds]
         given = type(value)
-        whole = given is int and float in kinds
-        if given in (bool, str, int, float) and wanted and given not in kinds and not whole:
-            names = {bool: "true or false", int: "a whole number", float: "a number"}
-            raise ValueError(f"must be {' or '.join(names[kind] for kind in (bool, int, float) if kind in wanted)}")
+        spelled = (given is int and float in kinds) or (given in (int, str) and ByteSize in kinds)
+        if given in (bool, str, int, float) and wanted and given not in kinds and not spelled:
+            raise ValueError(f"must be {' or '.join(names[kind] for kind in wanted)}")
         return value
 
 
