@@ -59,7 +59,7 @@ class Run(Settings):
 
     output: str = Field(min_length=1, description="directory to create")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    memory: ByteSize | None = Field(default=None, description='the peak the estimate must fit, as in "20GiB"')
+    memory: ByteSize | None = Field(default=None, gt=0, description='the peak the estimate must fit, as in "20GiB"')
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's")
     refresh: Literal["block", "subset"] = Field(
         default="block", description="collect statistics once per block, or anew before each of its subsets"

@@ -91,6 +91,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "bad choice": (but("[run]", 'packing = "zip"\n[run]'), "7: calibration.packing", "'windows' or 'documents'", ""),
     "bad memory": (but("threads = 1", 'memory = "much"'), "10: run.memory", "'much'", '"20GiB"'),
     "memory is a truth value": (but("threads = 1", "memory = true"), "10: run.memory", "a number of bytes", '"20GiB"'),
+    "no memory": (but("threads = 1", "memory = 0"), "10: run.memory", "greater than 0", '"20GiB"'),
     "size is a truth value": (PLAN + "[[export]]\nshard_size = true\n", "15: export[0].shard_size", "bytes", "at most"),
     "little memory": (but("threads = 1", 'memory = "1MiB"'), "10: run.memory", "the run needs", "allow more memory"),
     "unknown device": (but('"cpu"', '"gpu"'), "9: run.device", '"gpu" is no device', '"cuda"'),
