@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 LATER_IMPORTS = 80 << 20  # tokenizer, report and data libraries that are imported after the estimate is made
 HARNESS_IMPORTS = 180 << 20  # lm-eval, scipy.stats and what they import
+# For each byte of a text that is tokenized in one call: three tokenizers (4.2 M characters; 1 to 3.6 of them a token)
+# took 194 to 303.
+TOKENIZING = 300
 HEAD_BYTES = 16 << 20  # logits held at once while scoring; see compress.evals.perplexity
 FEWER = "calibrate on fewer or shorter samples"
 # What makes each phase smaller; verification holds one block, whatever a plan says.
@@ -169,8 +172,10 @@ def memory(lock: Lock, keep: bool, pause: bool, overlap: bool = True) -> dict[st
     if lock.plan.evaluate and lock.plan.evaluate.perplexity and lock.ends:
         models = 2
         scoring = models * head + 12 * HEAD_BYTES  # logits, log p, p and products of both
-        hidden = models * (_evaluation_tokens(lock) if keep else 0) * 4 * skeleton.width
-        phases["evaluation"] = base + models * light + hidden + max(embedding, block + forward, scoring)
+        text = _longest_text(lock)
+        hidden = models * (_evaluation_tokens(lock, text) if keep else 0) * 4 * skeleton.width
+        measuring = max(TOKENIZING * text, hidden + max(embedding, block + forward, scoring))
+        phases["evaluation"] = base + models * light + measuring
     if lock.ends and (lock.plan.gate or (lock.plan.evaluate and lock.plan.evaluate.tasks)):
         phases["tasks"] = base + _tasks(lock, sum(sizes.values()))
     return phases
@@ -187,14 +192,21 @@ def _tasks(lock: Lock, size: int) -> int:
     return HARNESS_IMPORTS + 3 * size + 4 * tokens * (3 * vocabulary + 4 * lock.skeleton.width + 3 * widest)
 
 
-def _evaluation_tokens(lock: Lock) -> int:
-    """Tokens to be scored of the longest text, as far as it can be known without reading it: four bytes a token."""
+def _longest_text(lock: Lock) -> int:
+    """Bytes of the longest text to be evaluated; of datasets of the hub, which are not read before, 2 MiB."""
+    settings = lock.plan.evaluate
+    assert settings is not None
+    files = [lock.plan.resolve(text) for text in settings.perplexity]
+    return max((path.stat().st_size for path in files if path.is_file()), default=1 << 21)
+
+
+def _evaluation_tokens(lock: Lock, text: int) -> int:
+    """Tokens to be scored of a text of so many bytes, as far as it can be known without reading it: four bytes each."""
     settings = lock.plan.evaluate
     assert settings is not None
     context = getattr(lock.config, "max_position_embeddings", None) or 2048
     most = (settings.windows or 1 << 62) * (settings.window or min(2048, context))
-    files = [lock.plan.resolve(text) for text in settings.perplexity]
-    return min(most, max((path.stat().st_size // 4 for path in files if path.is_file()), default=1 << 19))
+    return min(most, text // 4)
 
 
 def _flow(lock: Lock, *, keep: bool, pause: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,18 +11,21 @@ import torch
 
 import compress
 from compress import estimate
+from compress.calibration.tokenizer import load_tokenizer
+from compress.calibration.tokens import eval_stream
 from compress.compiling import compile_plan
 from compress.errors import PlanError
 from compress.estimate import choose_mode, find_device, memory
+from compress.memory import peak_memory, reset_peak_memory, resident_memory
 from compress.passes import GPTQ, PEQA, PERP, RTN, EoRA, LoRAPrune, LQLoRA, Magnitude, SparseGPT, Wanda, WidthPruning
 from compress.training_store import TrainingStore
 from tests.conftest import tiny_directory
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from compress.lock import Lock
     from compress.passes import Pass
+
+REFERENCE = Path(__file__).parents[1] / "examples" / "reference"
 
 
 @pytest.fixture
@@ -189,6 +193,19 @@ def test_evaluation_is_a_phase(model: Path) -> None:
         memory(lock_of(model, evaluated=evaluated), keep=True, pause=True) for evaluated in (False, True)
     )
     assert phases.keys() - without.keys() == {"evaluation"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak")
+def test_a_text_to_evaluate_is_held_as_a_whole_while_it_is_tokenized(model: Path) -> None:
+    """Also where only a few of its windows are measured."""
+    tokenizer, words = load_tokenizer(REFERENCE), "the quick brown fox jumps over the lazy dog. " * 50_000
+    lock = lock_of(model, evaluated=True)
+    (model.parent / "text.txt").write_text(words)
+    start = resident_memory()
+    reset_peak_memory()
+    eval_stream(words, tokenizer)
+    taken = peak_memory(torch.device("cpu")) - start
+    assert memory(lock, keep=False, pause=False)["evaluation"] > taken > 100 * len(words)
 
 
 def test_time_grows_with_samples(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
