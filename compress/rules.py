@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compress.calibration.plan_source import SELF, located
-from compress.calibration.sources import is_file
+from compress.calibration.sources import is_file, texts
 from compress.checkpoint import DTYPES
 from compress.errors import PlanError, nearest
 from compress.evals.planned import check_tasks
@@ -240,17 +240,25 @@ def check_output(plan: Plan, model: Path) -> None:
 
 
 def check_texts(plan: Plan) -> None:
-    """Text files must be there before hours of work, not when their turn comes."""
-    named = [(("calibration", "source"), plan.calibration.source)] if plan.calibration else []
-    named += [(("evaluate", "perplexity"), text) for text in (plan.evaluate.perplexity if plan.evaluate else ())]
-    for location, source in named:
-        path = Path(located(source, plan.folder)).expanduser()
-        if source != SELF and is_file(str(path)) and not path.is_file():
+    """Texts must be there, and be of a kind that is read, before hours of work, not when their turn comes."""
+    calibration, named = plan.calibration, []
+    if calibration and calibration.source != SELF:
+        keys = {key: getattr(calibration, key) for key in ("name", "split", "column")}
+        named = [(("calibration", "source"), calibration.source, keys)]
+    named += [(("evaluate", "perplexity"), text, {}) for text in (plan.evaluate.perplexity if plan.evaluate else ())]
+    for location, source, keys in named:
+        place = located(source, plan.folder)
+        path, where = Path(place).expanduser(), plan.source.where(location)
+        if is_file(place) and not path.is_file():
             others = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
             raise PlanError(
                 f'no such file "{path}"{nearest(path.name, others)}',
-                where=plan.source.where(location),
+                where=where,
                 fix="correct the path; it is relative to the plan file",
             )
+        try:
+            texts(place, **keys, default_split="train")  # opens nothing yet
+        except PlanError as error:
+            raise PlanError(f'"{source}": {error.problem}', where=where, fix=error.fix) from None
     check_tasks(plan)
     check_track(plan)

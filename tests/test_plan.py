@@ -186,6 +186,36 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
         'no such file "nowhere/wiki.txt"',
         "relative to",
     ),
+    "calibration text of no kind": (
+        but("text.txt", "model/model.safetensors"),
+        "4: calibration.source",
+        '".safetensors" is not a kind of text file',
+        ".jsonl",
+    ),
+    "no dataset": (
+        but("text.txt", "wikitxt"),
+        "4: calibration.source",
+        'did you mean "wikitext"?',
+        "organisation/name",
+    ),
+    "column of a plain text": (
+        but("samples = 2", 'column = "body"\nsamples = 2'),
+        "4: calibration.source",
+        'a .txt file has no column "body"',
+        "remove column",
+    ),
+    "evaluation text of no kind": (
+        PLAN + '[evaluate]\nperplexity = ["text.txt", "model/model.safetensors"]\n',
+        "15: evaluate.perplexity",
+        '"model/model.safetensors": ".safetensors" is not a kind of text file',
+        ".parquet",
+    ),
+    "unknown evaluation dataset": (
+        PLAN + '[evaluate]\nperplexity = "wikitxt"\n',
+        "15: evaluate.perplexity",
+        '"wikitxt": neither a file nor a dataset',
+        "organisation/name",
+    ),
     "unknown format": (PLAN + '[[export]]\nformat = "gguf"\n', "15: export[0].format", "'huggingface'", ""),
     "two formats": (PLAN + "[[export]]\n[[export]]\n", "14: export", "one format", "[[export]]"),
     "one export": (
