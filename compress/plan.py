@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 LONGEST_NAME = 255  # bytes, on all file systems that are in use; a longer one makes every look-up fail
 
+# Keys whose values may be paths.
+PATHS = frozenset({"path", "source", "output", "perplexity", "include_path", "baseline", "store"})
+
 
 class Model(Settings):
     """The model to compress."""
@@ -265,6 +268,12 @@ def plan_from_tables(data: dict[str, Any], source: Source) -> Plan:
         if longest > LONGEST_NAME and (location[0] != "pass" or location[-1] == "source"):
             problem = f"has a part of {longest:,} bytes, longer than the name of any file"
             raise PlanError(problem, where=source.where(location), fix="correct it")
+        if not PATHS.isdisjoint(location):
+            try:
+                Path(text).expanduser()
+            except RuntimeError:
+                problem = f'"{text}" is in the home of nobody'
+                raise PlanError(problem, where=source.where(location), fix="correct the path") from None
     tables = data.get("pass", [])
     if isinstance(tables, list):
         built: list[Pass] = []

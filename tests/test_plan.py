@@ -186,6 +186,14 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
         'no such file "nowhere/wiki.txt"',
         "relative to",
     ),
+    "text in no home": (but("text.txt", "~nobody-here/a.txt"), "4: calibration.source", "home of nobody", "the path"),
+    "output in no home": (but('"out"', '"~nobody-here/out"'), "8: run.output", "home of nobody", "the path"),
+    "evaluation text in no home": (
+        PLAN + '[evaluate]\nperplexity = ["~nobody-here/a.txt"]\n',
+        "15: evaluate.perplexity[0]",
+        "home of nobody",
+        "the path",
+    ),
     "calibration text of no kind": (
         but("text.txt", "model/model.safetensors"),
         "4: calibration.source",
