@@ -17,6 +17,7 @@ from compress.checkpoint import DTYPES
 from compress.errors import PlanError, nearest
 from compress.evals.planned import check_tasks
 from compress.export.formats import Format, known_formats
+from compress.hub import reason
 from compress.passes.base import BlockPass, Invariant, LinearPass, SettingError, matches
 from compress.passes.pruning import PruningPass
 from compress.passes.structured import Structured
@@ -232,10 +233,13 @@ def check_output(plan: Plan, model: Path) -> None:
 
     `model`: its directory.
     """
-    output, model = plan.resolve(plan.run.output).resolve(), model.resolve()
+    where = plan.source.where(("run", "output"))
+    try:
+        output, model = plan.resolve(plan.run.output).resolve(), model.resolve()
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise PlanError(f"cannot be looked for: {reason(error)}", where=where, fix="choose another output") from None
     if output == model or output.is_relative_to(model) or model.is_relative_to(output):
         relation = "is" if output == model else "lies in" if output.is_relative_to(model) else "holds"
-        where = plan.source.where(("run", "output"))
         raise PlanError(f"the output {relation} the model directory", where=where, fix="choose another output")
 
 

@@ -358,6 +358,15 @@ def test_a_text_that_cannot_be_used(
     assert not (folder / "out").exists()
 
 
+def test_an_output_behind_a_link_to_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("loop").symlink_to("loop")
+    Path("plan.toml").write_text(PLAN.replace('"out"', '"loop/out"'))
+    for arguments in (["plan.toml"], ["check", "plan.toml"]):
+        message = refused(capsys, *arguments)
+        assert "plan.toml:8: run.output: " in message
+        assert "choose another output" in message
+
+
 def test_a_text_that_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.txt").unlink()
     for arguments in (["plan.toml"], ["check", "plan.toml"]):
