@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,6 +226,9 @@ def _carry_out(arguments: list[str] | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command's entry point; returns its exit code."""
     errors = Output(stderr=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a run must not end for a × that the terminal has not
     try:
         _carry_out(arguments)
     except CycloptsError as error:

@@ -267,8 +267,9 @@ def print_line(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """JSON on the standard output."""
-    _write(sys.stdout, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """JSON on the standard output, with escapes where that is not UTF-8."""
+    plain = (sys.stdout.encoding or "").lower() == "utf-8"
+    _write(sys.stdout, json.dumps(value, indent=2, ensure_ascii=not plain) + "\n")
 
 
 def _write(stream: IO[str], text: str) -> None:

@@ -595,6 +595,23 @@ def test_an_error_that_nobody_reads_keeps_its_exit_code(folder: Path) -> None:
     assert into_closed_pipe("plna.toml 2>&1", folder).code == 2
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_encoding_can_be_written_to(encoding: str, folder: Path, expected: dict[str, bytes]) -> None:
+    """A run prints ×, which ASCII lacks; names of files may hold anything; JSON stays JSON."""
+    name = "tëxt-模.txt"
+    (folder / "text.txt").rename(folder / name)
+    (folder / "plan.toml").write_text(PLAN.replace("text.txt", name), encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    run, check, wrong = (
+        subprocess.run([sys.executable, "-m", "compress", *words], cwd=folder, env=environment, capture_output=True)
+        for words in (["plan.toml"], ["check", "plan.toml", "--json"], [name])
+    )
+    assert (run.returncode, check.returncode, wrong.returncode) == (0, 0, 2), run.stderr
+    assert files_of(folder / "out")["model.safetensors"] == expected["model.safetensors"]
+    assert json.loads(check.stdout.decode(encoding))["lock"]["plan"]["calibration"]["source"] == name
+    assert name.encode(encoding, "backslashreplace") in wrong.stderr
+
+
 def into_closed_pipe(arguments: str, folder: Path) -> Result:
     """Run the command with a reader of its output that is gone."""
     shell = f"({sys.executable} -m compress {arguments}; echo $? >code) | true"
