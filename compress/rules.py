@@ -249,6 +249,11 @@ def check_texts(plan: Plan) -> None:
     if calibration and calibration.source != SELF:
         keys = {key: getattr(calibration, key) for key in ("name", "split", "column")}
         named = [(("calibration", "source"), calibration.source, keys)]
+    elif calibration:
+        for key in ("name", "split", "column"):
+            if getattr(calibration, key) is not None:
+                where = plan.source.where(("calibration", key))
+                raise PlanError(f'text that the model samples ("self") has no {key}', where=where, fix=f"remove {key}")
     named += [(("evaluate", "perplexity"), text, {}) for text in (plan.evaluate.perplexity if plan.evaluate else ())]
     for location, source, keys in named:
         place = located(source, plan.folder)

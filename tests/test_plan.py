@@ -212,6 +212,12 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
         'a .txt file has no column "body"',
         "remove column",
     ),
+    "column of the model's own text": (
+        but('"text.txt"', '"self"\ncolumn = "body"'),
+        "5: calibration.column",
+        '"self") has no column',
+        "remove column",
+    ),
     "evaluation text of no kind": (
         PLAN + '[evaluate]\nperplexity = ["text.txt", "model/model.safetensors"]\n',
         "15: evaluate.perplexity",
