@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from compress.kernels.adding import add_programs, added, store, words_of
 from compress.kernels.instructions import arrived, decode, keep, mma, mma_sparse, put, room, shared, times, twice
 from compress.kernels.reading import begin, quarters, read, read_x, take, zeros
 
@@ -48,50 +49,6 @@ def _scaled(total, part, f0, f1, AT: tl.constexpr):
         total[AT + 2] + part[AT + 2] * f1,
         total[AT + 3] + part[AT + 3] * f1,
     )
-
-
-@triton.jit
-def _added(sums, words):
-    return (
-        sums[0] + words[0].to(tl.float32, bitcast=True),
-        sums[1] + words[1].to(tl.float32, bitcast=True),
-        sums[2] + words[2].to(tl.float32, bitcast=True),
-        sums[3] + words[3].to(tl.float32, bitcast=True),
-    )
-
-
-@triton.jit
-def _words(sums):
-    return (
-        sums[0].to(tl.int32, bitcast=True),
-        sums[1].to(tl.int32, bitcast=True),
-        sums[2].to(tl.int32, bitcast=True),
-        sums[3].to(tl.int32, bitcast=True),
-    )
-
-
-@triton.jit
-def _store(y, sums, tile, block, four, there, lane, M, N, NT: tl.constexpr):
-    """Four sums of a tile and eight rows of x, as `mma` has them."""
-    n = (tile + four // NT) * 16 + lane // 4
-    m = (block + four % NT) * 8 + lane % 4 * 2
-    for r in tl.static_range(4):
-        inside = there & (m + r % 2 < M) & (n + 8 * (r // 2) < N)
-        tl.store(y + (m + r % 2).to(tl.int64) * N + (n + 8 * (r // 2)), sums[r].to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _add_programs(y, partial, tile, block, along, lane, M, N, NT: tl.constexpr, T: tl.constexpr, ACROSS: tl.constexpr,
-                  ALONG: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """What programs that share the columns have put there, for this lane of one of them."""
-    for turn in tl.static_range((T * NT + ALONG - 1) // ALONG):
-        four = turn * ALONG + along
-        place = partial.to(tl.pointer_type(tl.int32)) + tl.minimum(four, T * NT - 1) * (32 * ACROSS * 4)
-        sums = zeros(4, 32 * ACROSS * ALONG)
-        for other in tl.static_range(SPLIT):
-            at = (place + other * (T * NT * 32 * ACROSS * 4))[:, None] + tl.arange(0, 4)[None, :]
-            sums = _added(sums, quarters(tl.load(at, cache_modifier=".cg")))
-        _store(y, sums, tile, block, four, four < T * NT, lane, M, N, NT)
 
 
 @triton.jit
@@ -294,17 +251,17 @@ def product_kernel(
                 at = own + tl.minimum(place, FOURS - 1) * (THREADS * 16) + (across * 32 + lane) * 16
                 sums = zeros(4, THREADS)
                 for other in tl.static_range(ALONG):
-                    sums = _added(sums, shared(at, 4, other * (ACROSS * 512)))
+                    sums = added(sums, shared(at, 4, other * (ACROSS * 512)))
                 there = (place < FOURS) & (four < T * NT)
                 if SPLIT > 1:
-                    put(partial + (mine + tl.minimum(four, T * NT - 1) * (32 * ACROSS)) * 4, _words(sums), there)
+                    put(partial + (mine + tl.minimum(four, T * NT - 1) * (32 * ACROSS)) * 4, words_of(sums), there)
                 else:
-                    _store(y, sums, tile, block, four, there, lane, M, N, NT)
+                    store(y, sums, tile, block, four, there, lane, M, N, NT)
         if SPLIT > 1:  # the last that is done adds all, in order
             tl.debug_barrier()
             if tl.atomic_add(counters + number, 1) == SPLIT - 1:
                 first = number * SPLIT * (T * NT * 32 * ACROSS) + across * 32 + lane
-                _add_programs(y, partial + first * 4, tile, block, along, lane, M, N, NT, T, ACROSS, ALONG, SPLIT)
+                add_programs(y, partial + first * 4, tile, block, along, lane, M, N, NT, T, ACROSS, ALONG, SPLIT)
     else:
         place = tl.arange(0, 32 * ACROSS)
         first = tl.minimum((tl.program_id(0) * ACROSS + place // 32) * T, tiles - T) * 16 + place % 32 // 4
