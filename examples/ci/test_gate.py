@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 OUTPUTS = Path(os.environ.get("OUTPUTS", HERE.parents[1] / "out" / "demo"))
 BASELINES = sorted((HERE / "baselines" / "demo").glob("*.json"))
-SETTINGS = compress.Gate(margin=0.02, perplexity_margin=0.02)
+# The demo calibrates on text that the model samples. Another processor rounds otherwise and samples other text: up to 6
+# of 300 answers flip, so less than four points cannot be told. Perplexity tells 2 %.
+SETTINGS = compress.Gate(margin=0.04, perplexity_margin=0.02)
 
 
 @pytest.mark.parametrize("baseline", BASELINES, ids=lambda path: path.stem)
