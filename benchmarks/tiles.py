@@ -62,8 +62,10 @@ def candidates(kind: str, shape: tuple[int, int], rows: int, processors: int) ->
             rows < 8 or tiles > 4 * processors or mine not in (4, 8) or size not in (2, 4) or ahead not in (1, 3)
         ):
             continue  # so do these, where W has few rows
-        if (size > 4 and along > 8) or (size > 2 and kind == "sparse24"):
+        if (size > 4 and along > 8) or (size > 2 and kind == "sparse24") or (size > 3 and across * along > 8):
             continue  # they spill
+        if size > 6 and eights > 1 and kind == "sparse24_int4":
+            continue  # and so do these
         if ahead > 1 and (size > 4 or along * (ahead + 1) > min(1.5 * steps, ROOM / (mine * STEP[kind]))):
             continue
         if (ahead == 0 and size * eights < 8) or (eights * 8 < rows and size > 2) or eights > 2:

@@ -255,8 +255,8 @@ def register_options(tile: Tile, w: Fragments) -> dict[str, Any]:
     if size == 1:
         return {"maxnreg": 64 if w.offset is None else 72}
     if tile.once or tile.ahead > 1 or tile.tiles not in (1, 2, 4):  # not chosen yet
-        most = {2: 96, 3: 128, 4: 128, 5: 192, 6: 224}.get(size)
-        return {} if most is None else {"maxnreg": most}
+        most = {2: 112, 3: 128, 4: 160, 5: 192, 6: 224}.get(size, 255)
+        return {"maxnreg": min(most, 2048 // (tile.across * tile.along))}  # so many there are for each thread
     if size == 4 and not tile.ahead:
         return {}
     if size == 8 and tile.ahead and w.scale is None:
