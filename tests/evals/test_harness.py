@@ -254,21 +254,26 @@ def test_the_hash_of_a_tokenizer(home: Path) -> None:
     assert tokenizer_hash(first) != tokenizer_hash(second)
 
 
-def test_a_label_beyond_the_choices(home: Path, tmp_path: Path) -> None:
-    """As of a file that counts from 1: no answer is right, in lm-eval too, and the baseline can be read again."""
-    write_rows(tmp_path / "rows.jsonl", [CHOICES[0], *(row | {"gold": 3} for row in CHOICES[1:])])
-    (tmp_path / "ones.yaml").write_text(
-        f"""task: ones
+def write_choices_task(path: Path, metric: str) -> None:
+    """A task file over the rows beside it."""
+    path.write_text(
+        f"""task: {path.stem}
 dataset_path: json
-dataset_kwargs: {{data_files: {tmp_path / "rows.jsonl"}}}
+dataset_kwargs: {{data_files: {path.parent / "rows.jsonl"}}}
 test_split: train
 output_type: multiple_choice
 doc_to_text: "{{{{query}}}}"
 doc_to_choice: choices
 doc_to_target: gold
-metric_list: [{{metric: acc}}]
+metric_list: [{{metric: {metric}}}]
 """
     )
+
+
+def test_a_label_beyond_the_choices(home: Path, tmp_path: Path) -> None:
+    """As of a file that counts from 1: no answer is right, in lm-eval too, and the baseline can be read again."""
+    write_rows(tmp_path / "rows.jsonl", [CHOICES[0], *(row | {"gold": 3} for row in CHOICES[1:])])
+    write_choices_task(tmp_path / "ones.yaml", "acc")
     found = run(home / "model", "ones.yaml", folder=tmp_path)
     right = found.samples["ones"][0].answer == CHOICES[0]["gold"]
     assert found.tasks[0].metrics == {"acc": right / len(CHOICES)}
@@ -282,18 +287,7 @@ def test_what_goes_wrong_in_a_task_is_no_mistake_of_compress(
 ) -> None:
     """lm-eval's F1 is for two classes. What goes wrong in the model passes as it is."""
     write_rows(tmp_path / "rows.jsonl", CHOICES)
-    (tmp_path / "three.yaml").write_text(
-        f"""task: three
-dataset_path: json
-dataset_kwargs: {{data_files: {tmp_path / "rows.jsonl"}}}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{{{query}}}}"
-doc_to_choice: choices
-doc_to_target: gold
-metric_list: [{{metric: f1}}]
-"""
-    )
+    write_choices_task(tmp_path / "three.yaml", "f1")
     with pytest.raises(PlanError, match=r"three.yaml: lm-eval cannot evaluate this task \(ValueError: Target is"):
         run(home / "model", "three.yaml", folder=tmp_path)
 
