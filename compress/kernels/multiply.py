@@ -217,6 +217,8 @@ def launch(
     grid = (-(-w.tiles // (tile.tiles * tile.across)), -(-rows // (8 * tile.eights)), tile.split)
     partial = counters = None
     if tile.split > 1:
+        assert tile.arranged, "counters are set to 0 where x is put in order"
+        assert tile.once, "sums of programs go the way of those of warps"
         counters = torch.empty(grid[0] * grid[1], dtype=torch.int32, device=x.device)
         sums = tile.split * tile.tiles * tile.eights * 32 * tile.across * 4  # of a program
         partial = torch.empty(counters.numel() * sums, dtype=torch.float32, device=x.device)
